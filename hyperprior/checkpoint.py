@@ -1,0 +1,143 @@
+"""Run state on disk: a checkpoint is one file, complete or absent.
+
+A checkpoint is an uncompressed `.npz`: every variable under its stable name, and the rest of the run's
+state (step, cursors, best, patience, config, environment) as JSON under `state`. It is written aside, read
+back against the zip format's CRC-32 of every entry, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Optional
+
+import numpy as np
+
+from hyperprior.errors import ConfigError, StorageError
+
+FORMAT = 1
+PATTERN = "step-*.npz"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}.npz"
+
+
+def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+    """Writes a checkpoint. Raises StorageError; `path` then holds what it held before."""
+
+    def write(file: IO[bytes]) -> None:
+        text = json.dumps({"format": FORMAT, **state}).encode()
+        np.savez(file, state=np.frombuffer(text, np.uint8), **arrays)
+
+    write_whole(path, write, check=lambda aside: verify(aside))
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], None], check: Optional[Callable[[Path], None]] = None) -> None:
+    """`path` gets what `write` writes, all of it or none. Raises StorageError."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if check:
+            check(aside)
+        aside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise StorageError(f"{path} cannot be written: {error}; what was complete before is intact: "
+                           f"free the disk and start the same command again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()) and None)
+
+
+def verify(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise zipfile.BadZipFile(f"{bad} does not match its checksum")
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, state) of a checkpoint; raises ValueError with the reason if it is damaged."""
+    try:
+        verify(path)
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        state = json.loads(arrays.pop("state").tobytes())
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if state.get("format") != FORMAT:
+        raise ConfigError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
+    return arrays, state
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """The newest checkpoint that is whole, or None where there is none; `warn` hears of damaged ones.
+
+    Raises StorageError if there are checkpoints but none is whole: starting anew would hide the loss.
+    """
+    paths = sorted(folder.glob(PATTERN), reverse=True)
+    for path in paths:
+        try:
+            return load(path)
+        except ValueError as error:
+            warn(f"{error}; using the one before")
+    if paths:
+        raise StorageError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start anew")
+    return None
+
+
+def keep_last(folder: Path, count: int) -> None:
+    for path in sorted(folder.glob(PATTERN))[:-count]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def assign(variables: dict[str, Any], arrays: dict[str, np.ndarray], origin: str) -> None:
+    """Puts arrays into the variables of the same names.
+
+    Raises ConfigError, before anything is assigned, naming the first entry that is missing, left over or of
+    another shape, with the shape expected and the shape found.
+    """
+    for name, variable in variables.items():
+        if name not in arrays:
+            raise ConfigError(f"{origin} has no `{name}` {tuple(variable.shape)}; it holds another model or optimizer")
+        if tuple(variable.shape) != arrays[name].shape:
+            raise ConfigError(f"{origin}: `{name}` has shape {arrays[name].shape}; "
+                              f"this config expects {tuple(variable.shape)}")  # fmt: skip
+    if extra := sorted(arrays.keys() - variables.keys()):
+        raise ConfigError(f"{origin} holds `{extra[0]}`, which this config's model or optimizer does not have")
+    for name, variable in variables.items():
+        variable.assign(arrays[name])
+
+
+@contextlib.contextmanager
+def only_one(run: Path) -> Iterator[None]:
+    """Holds the run directory against a second process; raises ConfigError if one holds it already."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / "lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"run directory {run} cannot be used: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process is training in {run}; wait for it or choose another --run") from error
+        yield

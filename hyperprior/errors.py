@@ -1,0 +1,43 @@
+"""What can go wrong, as types: each carries the exit code that launch scripts and job templates rely on.
+
+    HyperpriorError
+    ├── ConfigError    2   bad usage, bad config, a run directory that does not fit
+    ├── DataError      3   a source that is missing, damaged, empty or too bad to train on
+    ├── DivergedError  4   a loss or gradient that is not finite
+    └── Stopped       75   stopped resumably (EX_TEMPFAIL): start the same command again
+        └── StorageError   the disk refused a write; the last complete checkpoint is intact
+"""
+
+
+class HyperpriorError(Exception):
+    """Base of every error meant for the user: one line that names the thing, the value and the remedy."""
+
+    exit_code = 1
+
+
+class ConfigError(HyperpriorError):
+    """Bad usage or configuration."""
+
+    exit_code = 2
+
+
+class DataError(HyperpriorError):
+    """A data source cannot be used as it is."""
+
+    exit_code = 3
+
+
+class DivergedError(HyperpriorError):
+    """The loss or a gradient became infinite or NaN; weights and checkpoints are from before that step."""
+
+    exit_code = 4
+
+
+class Stopped(HyperpriorError):
+    """The run stopped before its end and continues when the same command is started again."""
+
+    exit_code = 75
+
+
+class StorageError(Stopped):
+    """Something could not be written; what was complete before is still there."""

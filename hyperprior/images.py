@@ -1,0 +1,156 @@
+"""Encoded bytes to 8-bit RGB: the one place that decides what an image file means.
+
+JPEG is decoded by TensorFlow, only the patch where that is enough; everything else by Pillow. Grayscale and
+palettes become RGB, 16 bits are scaled to 8, CMYK is converted without a profile, and transparency is
+flattened onto white, as a viewer shows it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 178_956_970  # a larger image is taken for a decompression bomb, here as in Pillow
+
+
+class Unusable(Exception):
+    """An image that cannot be used; the text says why."""
+
+
+class TooSmall(Unusable):
+    """An image with a side below the patch size: no defect of the file."""
+
+
+def is_jpeg(data: bytes) -> bool:
+    return data[:3] == b"\xff\xd8\xff"
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The whole image: [H, W, 3] uint8. Raises Unusable."""
+    if is_jpeg(data):
+        jpeg_size(data)
+        return decode_jpeg(data)
+    return to_rgb(open_image(data))
+
+
+def cut_patches(data: bytes, size: int, places: Sequence[tuple[int, int]], *, upscale: bool = False) -> np.ndarray:
+    """Random patches: [P, size, size, 3] uint8, one for each of `places`.
+
+    A place is a pair of random integers; modulo the number of possible positions they are the patch's top
+    and left. With `upscale` a smaller image is enlarged until its shorter side fits, else it is TooSmall.
+    Raises Unusable.
+    """
+    if is_jpeg(data):
+        height, width = jpeg_size(data)
+        # The fused operation reads no further than it must, so it cannot know that a file is cut off.
+        if len(places) == 1 and min(height, width) >= size and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+            top, left = position(places[0], height, width, size)
+            return decode_jpeg(data, (top, left, size, size))[None]
+        check_size(height, width, size, upscale)
+        image = decode_jpeg(data)
+    else:
+        opened = open_image(data)
+        check_size(opened.height, opened.width, size, upscale)
+        image = to_rgb(opened)
+    if min(image.shape[:2]) < size:
+        image = enlarge(image, size)
+    corners = [position(place, *image.shape[:2], size) for place in places]
+    return np.stack([image[top : top + size, left : left + size] for top, left in corners])
+
+
+def centre_crop(data: bytes, size: int) -> np.ndarray:
+    """The middle [size, size, 3] uint8 of an image. Raises Unusable, TooSmall."""
+    image = decode(data)
+    height, width = image.shape[:2]
+    check_size(height, width, size, upscale=False)
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def position(place: tuple[int, int], height: int, width: int, size: int) -> tuple[int, int]:
+    return place[0] % (height - size + 1), place[1] % (width - size + 1)
+
+
+def check_size(height: int, width: int, size: int, upscale: bool) -> None:
+    if min(height, width) < size and not upscale:
+        raise TooSmall(f"{width}x{height} is smaller than {size}x{size}")
+
+
+def enlarge(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
+
+
+# JPEG -----------------------------------------------------------------------------------------------------
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """(height, width) from the frame header, without decoding. Raises Unusable."""
+    at = 2
+    while at + 9 <= len(data):
+        marker = data[at + 1]
+        if data[at] != 0xFF:
+            break
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill bytes, markers without a segment
+            at += 1 if marker == 0xFF else 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            if not 0 < height * width <= MAX_PIXELS:
+                raise Unusable(f"a JPEG of {width}x{height} pixels")
+            return height, width
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise Unusable("a JPEG without a frame header")
+
+
+def decode_jpeg(data: bytes, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """[H, W, 3] uint8, of the (top, left, height, width) `window` where given. Raises Unusable."""
+    import tensorflow as tf
+
+    try:
+        with tf.device("cpu:0"):
+            if window:
+                # INTEGER_ACCURATE is what Pillow and other decoders of libjpeg do by default.
+                image = tf.io.decode_and_crop_jpeg(data, window, channels=3, dct_method="INTEGER_ACCURATE")
+            else:
+                image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
+    except tf.errors.InvalidArgumentError as error:
+        raise Unusable("a corrupt or truncated JPEG") from error
+    return image.numpy()
+
+
+# Everything else ------------------------------------------------------------------------------------------
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image with its header read, not yet decoded. Raises Unusable."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF", "JPEG"))
+    except Exception as error:  # Pillow raises a dozen types for broken headers
+        raise Unusable("no PNG, BMP, TIFF or JPEG" if isinstance(error, OSError) else str(error)) from error
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise Unusable(f"an image of {image.width}x{image.height} pixels")
+    return image
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """[H, W, 3] uint8 of an opened image. Raises Unusable."""
+    try:
+        if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow would clip instead of scale
+            gray = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+            return np.repeat(((gray * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=-1)
+        if image.mode == "F":
+            raise Unusable("floating-point pixels of unknown range")
+        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+    except Unusable:
+        raise
+    except Exception as error:
+        raise Unusable(f"a corrupt or truncated {image.format}: {error}") from error

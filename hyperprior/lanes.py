@@ -1,0 +1,107 @@
+"""Which sample is where: a pure function of the seed and of positions, apart from what machine this is.
+
+A *lane* is one position of the global batch. Lane i of B visits, in epoch e, the shards
+permutation(seed, e)[i::B], one after another, for ever; within a visit samples pass a shuffle buffer
+seeded by (seed, e, shard). A lane's place is a *cursor*; lanes never wait for, or depend on, each other,
+so any number of workers can own them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+from hyperprior.errors import DataError
+from hyperprior.shards import Sample, Shard
+
+T = TypeVar("T")
+
+
+class Cursor(NamedTuple):
+    """Where a lane goes on: epoch, visit within it, samples consumed of the visit, patches cut of the next."""
+
+    epoch: int = 0
+    visit: int = 0
+    offset: int = 0
+    patch: int = 0
+
+
+class Keep(NamedTuple):
+    """Which samples belong to a split: `low <= hash(key) < high`, and hash of another kind below `limit`."""
+
+    low: float = 0.0
+    high: float = 1.0
+    limit: float = 1.0
+
+    def __call__(self, key: str) -> bool:
+        return (self == ALL) or (self.low <= unit("split", key) < self.high and limit_hash(key) < self.limit)
+
+
+ALL = Keep()
+
+
+def draw(*place: object) -> int:
+    """64 random bits that depend on `place` alone, the same on every machine and version."""
+    return int.from_bytes(hashlib.blake2b(repr(place).encode("utf-8", "surrogateescape"), digest_size=8).digest(),
+                          "big")  # fmt: skip
+
+
+def unit(*place: object) -> float:
+    """A draw in [0, 1)."""
+    return (draw(*place) >> 11) / 2**53
+
+
+def limit_hash(key: str) -> float:
+    return unit("limit", key)
+
+
+def permutation(seed: int, epoch: int, count: int) -> list[int]:
+    return sorted(range(count), key=lambda i: draw(seed, "shards", epoch, i))
+
+
+def shuffled(items: Iterable[T], buffer_size: int, *place: object) -> Iterator[T]:
+    """`items` through a shuffle buffer: each leaves from a random slot, the next takes it."""
+    buffer: list[T] = []
+    for count, item in enumerate(items):
+        if len(buffer) < buffer_size:
+            buffer.append(item)
+            continue
+        slot = draw(*place, count) % buffer_size
+        item, buffer[slot] = buffer[slot], item
+        yield item
+    order = sorted(range(len(buffer)), key=lambda i: draw(*place, "rest", i)) if buffer_size > 1 else [0] * len(buffer)
+    yield from (buffer[i] for i in order)
+
+
+def enough_shards(shards: list[Shard], lanes: int) -> list[Shard]:
+    """At least one shard for each lane: too few are cut into interleaved parts, as many for each lane."""
+    if not shards or len(shards) >= lanes:
+        return shards
+    return [part for shard in shards for part in shard.split(lanes // math.gcd(len(shards), lanes))]
+
+
+def lane_samples(
+    shards: list[Shard], keep: Keep, seed: int, lane: int, lanes: int, buffer_size: int, start: Cursor
+) -> Iterator[tuple[Cursor, Sample]]:
+    """What lane `lane` of `lanes` reads from `start` on, for ever, with each sample's own cursor.
+
+    Raises DataError when a whole epoch of the lane holds nothing.
+    """
+    epoch, visit, offset, _ = start
+    while True:
+        mine = permutation(seed, epoch, len(shards))[lane::lanes]
+        empty = visit == 0 and offset == 0
+        while visit < len(mine):
+            index = mine[visit]
+            samples = (s for s in shards[index].samples() if keep(s.key))
+            for position, sample in enumerate(shuffled(samples, buffer_size, seed, "buffer", epoch, index)):
+                if position >= offset:
+                    empty = False
+                    yield Cursor(epoch, visit, position), sample
+            visit, offset = visit + 1, 0
+        if empty:
+            raise DataError(f"lane {lane} of {lanes} finds no sample in epoch {epoch}: the training data has fewer "
+                            f"images than train.batch_size has lanes; lower train.batch_size")
+        epoch, visit = epoch + 1, 0

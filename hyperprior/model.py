@@ -1,0 +1,108 @@
+"""The scale hyperprior: transforms, entropy models, and the bits they cost.
+
+Ballé, Minnen, Singh, Hwang, Johnston: "Variational image compression with a scale hyperprior", ICLR 2018.
+
+        x ──g_a──► y ──────────quantise──► ŷ ──g_s──► x̂
+                   │                       ▲
+                  |·|                      │ N(0, σ²) ∗ U(−½, ½)
+                   │                       │
+                  h_a──► z ──quantise──► ẑ ──h_s──► log σ
+                                         ▲
+                                         │ deep factorised prior ∗ U(−½, ½)
+
+In training "quantise" adds uniform noise, drawn statelessly; elsewhere it rounds: y to integers, z to
+integers plus the median of its prior.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import tensorflow as tf
+import tensorflow_compression as tfc
+
+from hyperprior import config, transforms
+
+
+class Forward(NamedTuple):
+    """`x_hat`: [B, H, W, 3], not clipped; `bits_y`, `bits_z`: [B]; `log_scales`: [B, H/16, W/16, M]."""
+
+    x_hat: tf.Tensor
+    bits_y: tf.Tensor
+    bits_z: tf.Tensor
+    log_scales: tf.Tensor
+
+
+class ScaleHyperprior(tf.Module):
+    """The model. Build it inside the strategy's scope, after `tf.random.set_seed`."""
+
+    def __init__(self, settings: config.Model, dtype: str = "float32"):
+        super().__init__()
+        n, m, h = settings.num_filters, settings.latent_channels, settings.hyper_channels
+        self.g_a = transforms.analysis(n, m, dtype)
+        self.g_s = transforms.synthesis(n, m, dtype)
+        self.h_a = transforms.hyper_analysis(m, h, dtype)
+        self.h_s = transforms.hyper_synthesis(m, h, dtype)
+        self._prior = tfc.NoisyDeepFactorized(batch_shape=(h,))
+        self._settings = settings
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """Every variable under a stable name such as `g_a/0/kernel` or `prior/matrix_0`."""
+        named = {path.lstrip("/"): variable for path, variable in transforms.named_variables(self)}
+        for variable in self._prior.base.trainable_variables:
+            named["prior/" + variable.name.split("/")[-1].split(":")[0]] = variable
+        return named
+
+    def latent_shapes(self, height: int | tf.Tensor, width: int | tf.Tensor) -> tuple[tuple, tuple]:
+        """The shapes of one image's y and z, for sides that are multiples of 64."""
+        return (
+            (height // 16, width // 16, self._settings.latent_channels),
+            (height // 64, width // 64, self._settings.hyper_channels),
+        )
+
+    def train(self, x: tf.Tensor, noise_y: tf.Tensor, noise_z: tf.Tensor) -> Forward:
+        """The differentiable forward pass: noise in [−½, ½) of the latents' shapes stands for quantisation."""
+        y = self.g_a(x)
+        z = self.h_a(tf.abs(y))
+        return self._decode(y + noise_y, z + noise_z)
+
+    def round(self, x: tf.Tensor, z_offset: tf.Tensor) -> Forward:
+        """The forward pass as the codec does it; `z_offset` is what `z_offset()` returns."""
+        y = self.g_a(x)
+        z = self.h_a(tf.abs(y))
+        return self._decode(tf.round(y), tf.round(z - z_offset) + z_offset)
+
+    @tf.function
+    def z_offset(self) -> tf.Tensor:
+        """The median of each channel's prior, modulo 1: [hyper_channels]. Found by iteration: call it rarely."""
+        return tfc.quantization_offset(self._prior)
+
+    def _decode(self, y: tf.Tensor, z: tf.Tensor) -> Forward:
+        log_scales = self.h_s(z)
+        return Forward(
+            x_hat=self.g_s(y),
+            bits_y=bits(tfc.NoisyNormal(loc=0.0, scale=self.scales(log_scales)), y),
+            bits_z=bits(self._prior, z),
+            log_scales=log_scales,
+        )
+
+    def scales(self, log_scales: tf.Tensor) -> tf.Tensor:
+        """Standard deviations within the table's range; outside it the gradient only leads back."""
+        low, high = math.log(self._settings.scale_min), math.log(self._settings.scale_max)
+        return tf.exp(tfc.upper_bound(tfc.lower_bound(log_scales, low), high))
+
+
+def bits(prior: tfc.UniformNoiseAdapter, latent: tf.Tensor) -> tf.Tensor:
+    """−log2 p(latent), summed over all but the first axis: [B]."""
+    return tf.reduce_sum(prior.log_prob(latent), axis=(1, 2, 3)) / -math.log(2.0)
+
+
+def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:
+    """[b, *shape] in [−½, ½): a function of the seed, the step and each lane alone.
+
+    `seed`: below 2⁶²; `step`: int64 scalar; `lanes`: [b] int64, b static: places in the global batch, below
+    2²⁰. The same lane draws the same noise on whichever replica it lives.
+    """
+    places = tf.unstack(step * 2**20 + lanes)
+    return tf.stack([tf.random.stateless_uniform(shape, tf.stack([seed, p]), -0.5, 0.5) for p in places])

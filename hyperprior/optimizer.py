@@ -1,0 +1,129 @@
+"""Adam, its schedule, and the moving average of the weights, under the names of the model's variables.
+
+Why not Keras's: its update cannot stand inside the condition that keeps a non-finite gradient away from the
+weights (it needs a merge call), and its slots have no stable names to check a checkpoint against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from hyperprior import config
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+LOSS_SCALE_START, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
+
+
+class Optimizer(tf.Module):
+    """Adam (Kingma and Ba, ICLR 2015) over named variables. Build it inside the strategy's scope.
+
+    With `loss_scaling`, for float16, the loss is to be multiplied by `loss_scale` and a step whose gradient
+    is not finite halves the scale; the scale doubles after 2,000 good steps.
+    """
+
+    def __init__(self, variables: dict[str, tf.Variable], settings: config.Train, total_steps: int):
+        super().__init__()
+        self.variables_by_name, self.settings, self.total_steps = variables, settings, total_steps
+
+        def slots(initial: bool = False) -> dict[str, tf.Variable]:
+            return {name: tf.Variable(v if initial else tf.zeros_like(v), trainable=False)
+                    for name, v in variables.items()}  # fmt: skip
+
+        self.mean, self.variance = slots(), slots()
+        self.average = slots(initial=True) if settings.ema else {}
+        self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.loss_scaling = settings.precision == "mixed_float16"
+        self.loss_scale = tf.Variable(LOSS_SCALE_START if self.loss_scaling else 1.0, trainable=False)
+        self.good_steps = tf.Variable(0, trainable=False, dtype=tf.int64)
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """All state under stable names such as `adam_m/g_a/0/kernel`."""
+        named = {"updates": self.updates, "loss_scale": self.loss_scale, "good_steps": self.good_steps}
+        for kind, slots in (("adam_m", self.mean), ("adam_v", self.variance), ("average", self.average)):
+            named.update({f"{kind}/{name}": slot for name, slot in slots.items()})
+        return named
+
+    def learning_rate(self, step: tf.Tensor) -> tf.Tensor:
+        """The learning rate of the update that takes `step` to step + 1: float32 scalar."""
+        s = self.settings
+        step = tf.cast(step, tf.float32)
+        rate = tf.constant(s.learning_rate, tf.float32)
+        if s.schedule == "cosine":
+            share = tf.clip_by_value((step - s.warmup_steps) / max(self.total_steps - s.warmup_steps, 1), 0.0, 1.0)
+            low = s.final_learning_rate
+            rate = low + (s.learning_rate - low) * 0.5 * (1.0 + tf.cos(math.pi * share))
+        for boundary in s.decay_steps if s.schedule == "steps" else ():
+            rate = tf.where(step >= boundary, rate * s.decay_factor, rate)
+        if s.warmup_steps:
+            rate *= tf.minimum((step + 1.0) / s.warmup_steps, 1.0)
+        return rate
+
+    def apply(self, gradients: list[tf.Tensor], finite: tf.Tensor, step: tf.Tensor) -> None:
+        """One update inside a replica, from gradients already summed over replicas; none unless `finite`.
+
+        Uses the fused kernel on each replica's own copy: equal gradients keep the copies equal.
+        """
+
+        def update() -> tf.Tensor:
+            count = tf.cast(self.updates + 1, tf.float32)
+            rate, power_1, power_2 = self.learning_rate(step), tf.pow(BETA_1, count), tf.pow(BETA_2, count)
+            updates = []
+            for (name, variable), gradient in zip(self.variables_by_name.items(), gradients):
+                adam = tf.raw_ops.ResourceApplyAdam(
+                    var=variable.handle, m=self.mean[name].handle, v=self.variance[name].handle,
+                    beta1_power=power_1, beta2_power=power_2, lr=rate,
+                    beta1=BETA_1, beta2=BETA_2, epsilon=EPSILON, grad=gradient)  # fmt: skip
+                if self.average:
+                    with tf.control_dependencies([adam]):
+                        average = self.average[name].handle
+                        old = tf.raw_ops.ReadVariableOp(resource=average, dtype=tf.float32)
+                        new = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=tf.float32)
+                        # Early on the average follows closely: a fixed decay would keep the initial weights.
+                        decay = tf.minimum(self.settings.ema, count / (count + 9.0))
+                        adam = tf.raw_ops.AssignVariableOp(resource=average, value=new + decay * (old - new))
+                updates.append(adam)
+            with tf.control_dependencies([*updates, add(self.updates, 1), *self._grow()]):
+                return tf.constant(True)
+
+        def refuse() -> tf.Tensor:
+            with tf.control_dependencies(self._shrink()):
+                return tf.constant(False)
+
+        tf.cond(finite, update, refuse)
+
+    def _grow(self) -> list[tf.Operation]:
+        if not self.loss_scaling:
+            return []
+        grown = (self.good_steps + 1) % LOSS_SCALE_GROWTH_STEPS
+        scale = tf.where(grown == 0, tf.minimum(self.loss_scale * 2.0, 2.0**24), tf.identity(self.loss_scale))
+        return [assign(self.good_steps, grown), assign(self.loss_scale, scale)]
+
+    def _shrink(self) -> list[tf.Operation]:
+        if not self.loss_scaling:
+            return []
+        return [assign(self.good_steps, tf.constant(0, tf.int64)), assign(self.loss_scale, self.loss_scale / 2.0)]
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model holds its average, if there is one; afterwards its own weights, bit for bit."""
+        own = {name: self.variables_by_name[name].numpy() for name in self.average}
+        for name, average in self.average.items():
+            self.variables_by_name[name].assign(average.numpy())
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                self.variables_by_name[name].assign(value)
+
+
+def assign(variable: tf.Variable, value: tf.Tensor) -> tf.Operation:
+    """Assigns in this replica only, which the variable's own `assign` does not allow inside a condition."""
+    return tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+
+def add(variable: tf.Variable, value: int) -> tf.Operation:
+    return tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=tf.constant(value, variable.dtype))

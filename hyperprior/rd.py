@@ -1,0 +1,97 @@
+"""Rate and distortion: each unit defined once, for training, validation and evaluation alike.
+
+Images are [B, H, W, 3] float32 in [0, 1]; every quantity is per image, [B], so that a mean over the
+global batch is a sum divided by the global batch size, whatever the number of replicas.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from hyperprior.config import MS_SSIM_MIN_SIDE as MS_SSIM_MIN_SIDE
+
+# Wang, Simoncelli, Bovik: "Multi-scale structural similarity for image quality assessment", 2003.
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SSIM_WINDOW, MS_SSIM_SIGMA, MS_SSIM_K1, MS_SSIM_K2 = 11, 1.5, 0.01, 0.03
+MS_SSIM_FLOOR = 1e-3  # below this a term's gradient is that of the floor
+
+
+def bits_per_pixel(bits: tf.Tensor, height: int | tf.Tensor, width: int | tf.Tensor) -> tf.Tensor:
+    return bits / tf.cast(height * width, tf.float32)
+
+
+def mse(x: tf.Tensor, x_hat: tf.Tensor) -> tf.Tensor:
+    """Mean squared error on [0, 1] images: [B]."""
+    return tf.reduce_mean(tf.math.squared_difference(x, x_hat), axis=(1, 2, 3))
+
+
+def psnr_db(mse_value: tf.Tensor) -> tf.Tensor:
+    """PSNR in dB of a mean squared error on [0, 1] images; 100 dB at most."""
+    return -10.0 / math.log(10.0) * tf.math.log(tf.maximum(mse_value, 1e-10))
+
+
+def lagrangian(bpp: tf.Tensor, distortion: tf.Tensor, lmbda: float, metric: str) -> tf.Tensor:
+    """bpp + lambda · 255² · mse, or bpp + lambda · (1 − ms_ssim): the convention of the published lambdas."""
+    return bpp + lmbda * (255.0**2 if metric == "mse" else 1.0) * distortion
+
+
+def distortion(x: tf.Tensor, x_hat: tf.Tensor, metric: str) -> tf.Tensor:
+    """The distortion that `lagrangian` weighs: [B]."""
+    return mse(x, x_hat) if metric == "mse" else 1.0 - ms_ssim(x, x_hat)
+
+
+def ms_ssim(x: tf.Tensor, x_hat: tf.Tensor) -> tf.Tensor:
+    """Multi-scale structural similarity: [B] in [0, 1], for images of at least 161 pixels a side.
+
+    The value is tf.image.ssim_multiscale's. Its gradient is finite everywhere: where a scale's contrast
+    term is at or below zero, which random initial weights bring about, TensorFlow differentiates a power
+    below one at zero; here the gradient is that of a term kept above a small floor.
+    """
+    terms = tf.stack(ms_ssim_terms(x, x_hat), axis=-1)  # [B, 3, scales]
+    weights = tf.constant(MS_SSIM_WEIGHTS)
+    exact = tf.reduce_prod(tf.nn.relu(terms) ** weights, axis=-1)
+    floored = tf.reduce_prod(lift(terms) ** weights, axis=-1)
+    return tf.reduce_mean(floored + tf.stop_gradient(exact - floored), axis=-1)
+
+
+@tf.custom_gradient
+def lift(x: tf.Tensor) -> tf.Tensor:
+    """max(x, floor) with the identity's gradient, so that a term below the floor can rise."""
+    return tf.maximum(x, MS_SSIM_FLOOR), lambda upstream: upstream
+
+
+def ms_ssim_terms(x: tf.Tensor, x_hat: tf.Tensor) -> list[tf.Tensor]:
+    """[B, 3] of each scale: contrast-structure, and at the last scale times luminance."""
+    # One convolution over all five moments: channels are (x, x̂, x², x̂², x·x̂), three of each.
+    c1, c2 = MS_SSIM_K1**2, MS_SSIM_K2**2
+    terms = []
+    for scale in range(len(MS_SSIM_WEIGHTS)):
+        if scale:
+            x, x_hat = halve(x), halve(x_hat)
+        moments = blur(tf.concat([x, x_hat, x * x, x_hat * x_hat, x * x_hat], axis=-1))
+        mean, mean_hat, square, square_hat, product = tf.split(moments, 5, axis=-1)
+        covariance = product - mean * mean_hat
+        variances = square - mean**2 + square_hat - mean_hat**2
+        term = (2.0 * covariance + c2) / (variances + c2)
+        if scale == len(MS_SSIM_WEIGHTS) - 1:
+            term *= (2.0 * mean * mean_hat + c1) / (mean**2 + mean_hat**2 + c1)
+        terms.append(tf.reduce_mean(term, axis=(1, 2)))
+    return terms
+
+
+def blur(x: tf.Tensor) -> tf.Tensor:
+    """A separable 11-tap Gaussian on each channel, without padding."""
+    taps = np.exp(-0.5 * ((np.arange(MS_SSIM_WINDOW) - MS_SSIM_WINDOW // 2) / MS_SSIM_SIGMA) ** 2)
+    kernel = tf.tile(tf.constant(taps / taps.sum(), tf.float32)[:, None, None, None], (1, 1, x.shape[-1], 1))
+    x = tf.nn.depthwise_conv2d(x, kernel, (1, 1, 1, 1), "VALID")
+    return tf.nn.depthwise_conv2d(x, tf.transpose(kernel, (1, 0, 2, 3)), (1, 1, 1, 1), "VALID")
+
+
+def halve(x: tf.Tensor) -> tf.Tensor:
+    """2 x 2 means; an odd side is padded by its mirror image, as TensorFlow does."""
+    height, width = tf.unstack(tf.shape(x)[1:3])
+    x = tf.pad(x, [[0, 0], [0, height % 2], [0, width % 2], [0, 0]], "SYMMETRIC")
+    return tf.nn.avg_pool2d(x, 2, 2, "VALID")

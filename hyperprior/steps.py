@@ -1,0 +1,147 @@
+"""What runs in the graph: n training steps in one call, and one evaluation batch.
+
+One metrics vector passes between the graph and the outer loop, summed over all replicas together with the
+gradients, so every worker reads the same numbers and reaches the same verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from hyperprior import lanes, model, rd
+from hyperprior.config import DOWNSAMPLING, MS_SSIM_MIN_SIDE, Config
+from hyperprior.distribute import World
+from hyperprior.optimizer import Optimizer
+
+TRAIN_METRICS = ("loss", "bpp_y", "bpp_z", "distortion", "psnr_db")
+EVAL_METRICS = (*TRAIN_METRICS, "ms_ssim", "ms_ssim_images", "images")
+SIGNALS = ("stop", "samples", "bad", "small")  # summed over workers beside the gradients
+
+
+class Steps(NamedTuple):
+    """What a call of n steps gives back: `metrics` of TRAIN_METRICS and gradient norm, summed over the steps."""
+
+    done: tf.Tensor  # steps whose update was applied or, with loss scaling, skipped
+    diverged: tf.Tensor  # the step after `done` had a loss or gradient that is not finite
+    metrics: tf.Tensor
+    signals: tf.Tensor
+
+
+def make_train_steps(world: World, hyperprior: model.ScaleHyperprior, optimizer: Optimizer, settings: Config
+                     ) -> Callable[[Any, Any, tf.Tensor], Steps]:  # fmt: skip
+    """f(images, signals, step): per-replica [n, b, P, P, 3] uint8 and [len(SIGNALS)]; the first step's number."""
+    variables = list(hyperprior.named_variables().values())
+    side, batch = settings.data.patch_size, world.batch_size
+    shape_y, shape_z = hyperprior.latent_shapes(side, side)
+    seed_y, seed_z = (lanes.draw(settings.seed, "noise", latent) >> 2 for latent in "yz")
+
+    @tf.function(jit_compile=settings.train.xla)
+    def forward_backward(images: tf.Tensor, step: tf.Tensor, places: tf.Tensor, scale: tf.Tensor) -> Any:
+        x = tf.cast(images, tf.float32) / 255.0
+        noise_y = model.uniform_noise(shape_y, seed_y, step, places)
+        noise_z = model.uniform_noise(shape_z, seed_z, step, places)
+        with tf.GradientTape() as tape:
+            out = hyperprior.train(x, noise_y, noise_z)
+            bpp_y, bpp_z = (rd.bits_per_pixel(bits, side, side) for bits in (out.bits_y, out.bits_z))
+            distortion = rd.distortion(x, out.x_hat, settings.loss.metric)
+            loss = rd.lagrangian(bpp_y + bpp_z, distortion, settings.loss.lmbda, settings.loss.metric)
+            # Divided by the global batch: the sum over replicas is then the mean over the global batch.
+            objective = tf.reduce_sum(loss) / batch * scale
+        gradients = tape.gradient(objective, variables)
+        psnr = rd.psnr_db(rd.mse(x, out.x_hat))
+        rows = tf.stack([loss, bpp_y, bpp_z, distortion, psnr])
+        return gradients, tf.reduce_sum(rows, axis=1) / batch
+
+    def replica_step(images: tf.Tensor, signals: tf.Tensor, index: tf.Tensor, step: tf.Tensor) -> Any:
+        context = tf.distribute.get_replica_context()
+        first = tf.cast(context.replica_id_in_sync_group, tf.int64) * world.replica_batch
+        places = first + tf.range(world.replica_batch, dtype=tf.int64)
+        scale = tf.identity(optimizer.loss_scale)
+        gradients, metrics = forward_backward(images[index], step, places, scale)
+        *gradients, summed = context.all_reduce("SUM", [*gradients, tf.concat([metrics, signals], axis=0)])
+        metrics, signals = tf.split(summed, [len(TRAIN_METRICS), len(SIGNALS)])
+        gradients = [gradient / scale for gradient in gradients]
+        norm = tf.linalg.global_norm(gradients)
+        finite = tf.math.is_finite(norm) & tf.math.is_finite(metrics[0])
+        if settings.train.clip_norm:
+            factor = settings.train.clip_norm / tf.maximum(norm, settings.train.clip_norm)
+            gradients = [gradient * factor for gradient in gradients]
+        optimizer.apply(gradients, finite, step)
+        # In float16 an overflow only means that the loss scale is too high, until the scale is used up.
+        diverged = ~finite
+        if optimizer.loss_scaling:
+            diverged = ~tf.math.is_finite(metrics[0]) | (~finite & (scale < 1.0))
+            norm = tf.where(finite, norm, 0.0)
+        return diverged, tf.concat([metrics, norm[None]], axis=0), signals
+
+    @tf.function(reduce_retracing=True)
+    def train_steps(images: Any, signals: Any, step: tf.Tensor) -> Steps:
+        count = tf.shape(world.first(images))[0]
+        totals, told = tf.zeros(len(TRAIN_METRICS) + 1), tf.zeros(len(SIGNALS))
+        index, diverged = tf.constant(0), tf.constant(False)
+        while index < count and not diverged:
+            result = world.strategy.run(replica_step, (images, signals, index, step + tf.cast(index, tf.int64)))
+            diverged, metrics, told = (world.first(value) for value in result)
+            if not diverged:
+                totals += metrics
+                index += 1
+        return Steps(index, diverged, totals, told)
+
+    return train_steps
+
+
+def make_eval_step(world: World, hyperprior: model.ScaleHyperprior, settings: Config) -> Callable[..., tf.Tensor]:
+    """f(images, weights, stop, z_offset) → [len(EVAL_METRICS) + 1]: weighted sums over the batch, and stops."""
+
+    def replica_step(images: tf.Tensor, weights: tf.Tensor, stop: tf.Tensor, z_offset: tf.Tensor) -> tf.Tensor:
+        x = tf.cast(images, tf.float32) / 255.0
+        x_hat, out = reconstruct(hyperprior, x, z_offset)
+        height, width = tf.unstack(tf.shape(x)[1:3])
+        bpp_y, bpp_z = (rd.bits_per_pixel(bits, height, width) for bits in (out.bits_y, out.bits_z))
+        mse = rd.mse(x, x_hat)
+        fits = tf.minimum(height, width) >= MS_SSIM_MIN_SIDE
+        ms_ssim = tf.cond(fits, lambda: rd.ms_ssim(x, x_hat), lambda: tf.zeros_like(mse))
+        distortion = mse if settings.loss.metric == "mse" else 1.0 - ms_ssim
+        loss = rd.lagrangian(bpp_y + bpp_z, distortion, settings.loss.lmbda, settings.loss.metric)
+        ones = tf.ones_like(mse)
+        rows = [loss, bpp_y, bpp_z, distortion, rd.psnr_db(mse), ms_ssim, ones * tf.cast(fits, tf.float32), ones]
+        # A weight of 0 marks a padded place; multiplying would let its NaN through.
+        sums = tf.reduce_sum(tf.where(weights > 0, tf.stack(rows), 0.0), axis=1)
+        return tf.distribute.get_replica_context().all_reduce("SUM", tf.concat([sums, stop[None]], axis=0))
+
+    @tf.function(reduce_retracing=True)
+    def eval_step(images: Any, weights: Any, stop: Any, z_offset: tf.Tensor) -> tf.Tensor:
+        return world.first(world.strategy.run(replica_step, (images, weights, stop, z_offset)))
+
+    return eval_step
+
+
+def reconstruct(hyperprior: model.ScaleHyperprior, x: tf.Tensor, z_offset: tf.Tensor
+                ) -> tuple[tf.Tensor, model.Forward]:  # fmt: skip
+    """What a viewer gets of [B, H, W, 3] images of any size: rounded latents, 8-bit pixels in [0, 1]."""
+    height, width = tf.unstack(tf.shape(x)[1:3])
+    out = hyperprior.round(pad(x), z_offset)
+    x_hat = tf.clip_by_value(out.x_hat[:, :height, :width], 0.0, 1.0)
+    return tf.round(x_hat * 255.0) / 255.0, out
+
+
+def pad(x: tf.Tensor) -> tf.Tensor:
+    """Repeats the last row and column until both sides are multiples of 64."""
+    for axis in (1, 2):
+        size = tf.shape(x)[axis]
+        padded = -(-size // DOWNSAMPLING) * DOWNSAMPLING
+        x = tf.gather(x, tf.minimum(tf.range(padded), size - 1), axis=axis)
+    return x
+
+
+def means(sums: np.ndarray) -> dict[str, float]:
+    """Means per image from the sums of `eval_step`, with bpp; ms_ssim over the images that are large enough."""
+    found = dict(zip(EVAL_METRICS, map(float, sums)))
+    images, ms_ssim_images = found.pop("images"), found.pop("ms_ssim_images")
+    result = {name: value / (ms_ssim_images if name == "ms_ssim" else images) if images else float("nan")
+              for name, value in found.items() if name != "ms_ssim" or ms_ssim_images}  # fmt: skip
+    return {**result, "bpp": result["bpp_y"] + result["bpp_z"], "images": int(images)}

@@ -1,0 +1,263 @@
+"""From lanes to batches: reading and decoding in a thread pool, and the cursors that go with each batch.
+
+Each lane keeps a few samples ahead in the pool and takes them back in its own order, so results never
+depend on which thread was faster. A sample that cannot be used is skipped inside its lane, counted with
+the batch that passed over it, and never shifts another lane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+
+from hyperprior import config, images, lanes, shards
+from hyperprior.errors import DataError
+from hyperprior.lanes import Cursor, Keep
+from hyperprior.shards import Sample, Shard
+
+AHEAD = 3  # samples a lane has in the pool
+PREFETCH = 2  # chunks ready before the trainer asks
+
+
+class Source(NamedTuple):
+    """A split: its shards, and which of their samples belong to it. `images` is 0 where nobody counted."""
+
+    shards: list[Shard]
+    keep: Keep
+    images: int
+
+
+@dataclass
+class Splits:
+    train: Source
+    val: Source
+    test: Source
+    test_name: str  # "test", or "val" where nothing was set apart for testing
+
+    def fingerprint(self) -> str:
+        """Identifies the data, wherever it lies: names, sizes, parts and splits."""
+        parts = [(shards.describe_shards(s.shards), s.keep) for s in (self.train, self.val, self.test)]
+        return f"{lanes.draw(parts):016x}"
+
+
+def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Splits:
+    """Opens every source, and counts samples where that is needed: `count`, splits, max_images, few shards.
+
+    Raises DataError for anything that can be known to be wrong before training.
+    """
+    opened = {key: shards.open_sources(getattr(settings, key), f"data.{key}", allow_pipe=settings.allow_pipe)
+              for key in ("train", "val", "test")}  # fmt: skip
+    if not opened["train"]:
+        raise DataError("data.train names no source; give tars, directories or URLs")
+    val_split, test_split = settings.splits()
+    whole = opened["train"]
+    limit = 1.0
+    keys: Optional[list[str]] = None
+    if count or val_split or test_split or settings.max_images or len(whole) < batch_size:
+        keys = all_keys(whole)
+        if settings.max_images and settings.max_images < len(keys):
+            limit = sorted(map(lanes.limit_hash, keys))[settings.max_images]
+
+    def part(low: float, high: float) -> Source:
+        keep = Keep(low, high, limit)
+        return Source(whole, keep, sum(map(keep, keys)) if keys is not None else 0)
+
+    def given(key: str) -> Source:
+        return Source(opened[key], lanes.ALL, len(all_keys(opened[key])))
+
+    train = part(test_split + val_split, 1.0)
+    if keys is not None and train.images < batch_size:
+        raise DataError(f"the training data has {train.images} images but train.batch_size is {batch_size}, and each "
+                        f"place of the batch reads images of its own; lower train.batch_size or add images")
+    val = given("val") if opened["val"] else part(test_split, test_split + val_split)
+    test = given("test") if opened["test"] else part(0.0, test_split)
+    for name, source, wanted in (("val", val, opened["val"] or val_split), ("test", test, opened["test"] or test_split)):
+        if wanted and not source.images:
+            raise DataError(f"the {name} split is empty: {len(keys or ())} images of data.train are too few for "
+                            f"data.{name}_split={val_split if name == 'val' else test_split}; give data.{name} sources")
+    train = train._replace(shards=lanes.enough_shards(whole, batch_size))
+    return Splits(train, val, test, "test") if test.images else Splits(train, val, val, "val")
+
+
+def all_keys(found: list[Shard]) -> list[str]:
+    """Every sample's key, shard by shard; reads the headers of tars (and all of a URL)."""
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        per_shard = pool.map(lambda shard: [s.key for s in shard.samples()], found)
+        return [key for keys in per_shard for key in keys]
+
+
+# Training -------------------------------------------------------------------------------------------------
+
+
+class Skip(NamedTuple):
+    """A sample that was passed over: `bad` if the file is defective, else it is only too small."""
+
+    sample: str
+    reason: str
+    bad: bool
+
+
+@dataclass
+class Batch:
+    """This worker's share of one global batch, [b, P, P, 3] uint8, and the cursors its lanes go on from."""
+
+    images: np.ndarray
+    keys: list[str]
+    cursors: list[Cursor]
+    samples: int  # decoded or skipped for this batch
+    skipped: list[Skip]
+
+
+class Lane:
+    """One lane's patches, for ever."""
+
+    def __init__(self, pool: ThreadPoolExecutor, source: Source, settings: config.Data, seed: int, lane: int,
+                 batch_size: int, start: Cursor):  # fmt: skip
+        self.settings, self.seed, self.lane, self.pool, self.cursor = settings, seed, lane, pool, start
+        self.samples = lanes.lane_samples(source.shards, source.keep, seed, lane, batch_size,
+                                          settings.shuffle_buffer, start)  # fmt: skip
+        self.pending: deque[tuple[Cursor, Sample, Future[np.ndarray]]] = deque()
+        self.patches: Optional[tuple[Cursor, Sample, np.ndarray]] = None
+        self.last_good_epoch = start.epoch
+
+    def next(self) -> tuple[np.ndarray, str, int, list[Skip]]:
+        """(patch, sample's name, samples newly decoded or skipped, those skipped)."""
+        used, skipped = 0, []
+        while self.patches is None:
+            while len(self.pending) < AHEAD:
+                at, sample = next(self.samples)
+                self.pending.append((at, sample, self.pool.submit(self.load, at, sample)))
+            at, sample, future = self.pending.popleft()
+            used += 1
+            try:
+                self.patches = at, sample, future.result()
+                self.last_good_epoch = at.epoch
+            except images.Unusable as error:
+                skipped.append(Skip(sample.name, str(error), not isinstance(error, images.TooSmall)))
+                self.cursor = at._replace(offset=at.offset + 1)
+                if at.epoch > self.last_good_epoch + 1:
+                    raise DataError(f"lane {self.lane} found no usable image in a whole epoch; the last it passed over "
+                                    f"is {sample.name}: {error} (see data.patch_size, data.small_images)") from error
+        at, sample, patches = self.patches
+        patch = self.cursor.patch
+        if patch + 1 < len(patches):
+            self.cursor = at._replace(patch=patch + 1)
+        else:
+            self.cursor = at._replace(offset=at.offset + 1)
+            self.patches = None
+        return patches[patch], sample.name, used, skipped
+
+    def load(self, at: Cursor, sample: Sample) -> np.ndarray:
+        # Keyed by the sample, not the lane: an image is cut alike whatever the batch size.
+        bits = [lanes.draw(self.seed, "crop", at.epoch, sample.key, patch)
+                for patch in range(self.settings.patches_per_image)]  # fmt: skip
+        places = [(b >> 32, b & 0xFFFFFFFF) for b in bits]
+        return images.cut_patches(sample.read(), self.settings.patch_size, places,
+                                  upscale=self.settings.small_images == "upscale")  # fmt: skip
+
+
+def batches(source: Source, settings: config.Data, seed: int, own: range, batch_size: int,
+            cursors: Sequence[Cursor]) -> Iterator[Batch]:  # fmt: skip
+    """This worker's share of every global batch from `cursors` (one per global lane) on, for ever."""
+    with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
+        row = [Lane(pool, source, settings, seed, i, batch_size, cursors[i]) for i in own]
+        try:
+            while True:
+                patches, keys, used, skipped = zip(*[lane.next() for lane in row])
+                yield Batch(np.stack(patches), list(keys), [lane.cursor for lane in row], sum(used),
+                            [skip for lane in skipped for skip in lane])  # fmt: skip
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Prefetch:
+    """Runs `items` in a thread, a few ahead. Iterating raises what `items` raised, in its place."""
+
+    def __init__(self, items: Iterable[Any]):
+        self.queue: queue.Queue[Any] = queue.Queue(PREFETCH)
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._fill, args=(items,), name="input", daemon=True)
+        self.thread.start()
+
+    def _fill(self, items: Iterable[Any]) -> None:
+        try:
+            with contextlib.closing(iter(items)) as iterator:  # type: ignore[type-var]
+                for item in iterator:
+                    if not self._put((item, None)):
+                        return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # handed over to the thread that asks
+            self._put((None, error))
+
+    def _put(self, item: Any) -> bool:
+        while not self.stopping.is_set():
+            with contextlib.suppress(queue.Full):
+                self.queue.put(item, timeout=0.1)
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        item, error = self.queue.get()
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        self.stopping.set()
+        self.thread.join(timeout=60)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------
+
+
+class EvalImage(NamedTuple):
+    """One place of an evaluation batch: [H, W, 3] uint8, and weight 0 where there is no image to count."""
+
+    image: np.ndarray
+    weight: float
+    skip: Optional[Skip] = None
+
+
+def eval_batches(source: Source, settings: config.Data, own: range, batch_size: int, min_side: int = 1
+                 ) -> Iterator[list[EvalImage]]:  # fmt: skip
+    """This worker's places of every global batch: each image of the split once, in order, the end padded.
+
+    Images are centre crops of `eval_crop`, or whole where that is `full`; one with a side below that, or
+    below `min_side`, is skipped.
+    """
+    side = None if settings.eval_crop == "full" else int(settings.eval_crop)
+    blank = np.zeros((side or config.DOWNSAMPLING, side or config.DOWNSAMPLING, 3), np.uint8)
+
+    def load(sample: Optional[Sample]) -> EvalImage:
+        if sample is None:
+            return EvalImage(blank, 0.0)
+        try:
+            data = sample.read()
+            image = images.centre_crop(data, side) if side else images.decode(data)
+            images.check_size(*image.shape[:2], min_side, upscale=False)
+            return EvalImage(image, 1.0)
+        except images.Unusable as error:
+            return EvalImage(blank, 0.0, Skip(sample.name, str(error), not isinstance(error, images.TooSmall)))
+
+    samples = (s for shard in source.shards for s in shard.samples() if source.keep(s.key))
+    with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
+        pending: deque[list[Future[EvalImage]]] = deque()
+        for _ in range(-(-source.images // batch_size)):
+            group = [next(samples, None) for _ in range(batch_size)]
+            pending.append([pool.submit(load, group[i]) for i in own])
+            if len(pending) > 2:
+                yield [future.result() for future in pending.popleft()]
+        while pending:
+            yield [future.result() for future in pending.popleft()]

@@ -1,0 +1,53 @@
+"""What commands say: a progress bar on a terminal, plain lines elsewhere, and one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Optional
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Terminal:
+    """`say` for what happens, `warn` for what may be wrong, `track` for what takes long."""
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.errors = Console(highlight=False, soft_wrap=True, stderr=True)
+        self._progress: Optional[Progress] = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.errors.print(f"warning: {text}", style="yellow", markup=False)
+
+    @contextlib.contextmanager
+    def track(self, label: str, total: int, done: int = 0) -> Iterator[Track]:
+        """A progress display; where there is no terminal only `Track.line` shows."""
+        if not self.console.is_terminal:
+            yield Track(self, None, total)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(label, total=total, completed=done, note="")
+            yield Track(self, (progress, task), total)
+
+
+class Track:
+    def __init__(self, terminal: Terminal, bar: Optional[tuple], total: int):
+        self.terminal, self.bar, self.total = terminal, bar, total
+
+    def update(self, done: int, note: Optional[str] = None) -> None:
+        if self.bar:
+            progress, task = self.bar
+            progress.update(task, completed=done, **({} if note is None else {"note": note}))
+
+    def line(self, done: int, note: str) -> None:
+        """A note beside the bar, or a line of its own where there is no bar."""
+        self.update(done, note)
+        if not self.bar:
+            self.terminal.say(f"{done}/{self.total}  {note}")

@@ -1,0 +1,118 @@
+"""The four transforms g_a, g_s, h_a, h_s and their layers (paper, section 4 and figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Optional
+
+import tensorflow as tf
+import tensorflow_compression as tfc
+
+Layer = Callable[[tf.Tensor], tf.Tensor]
+
+
+class Conv(tf.Module):
+    """A convolution by `stride` down, or with `transpose` up, zero-padded, in the input's precision.
+
+    `kernel`: [k, k, in, out], or [k, k, out, in] with `transpose`; `bias`: [out].
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int, *, transpose: bool = False,
+                 activation: Optional[Layer] = None):  # fmt: skip
+        super().__init__()
+        shape = (kernel_size, kernel_size, *((outputs, inputs) if transpose else (inputs, outputs)))
+        self.kernel = tf.Variable(tf.keras.initializers.GlorotUniform()(shape), name="kernel")
+        self.bias = tf.Variable(tf.zeros(outputs), name="bias")
+        self.stride, self.transpose, self.activation = stride, transpose, activation
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        kernel, bias = tf.cast(self.kernel, x.dtype), tf.cast(self.bias, x.dtype)
+        if self.transpose:
+            batch, height, width, _ = tf.unstack(tf.shape(x))
+            shape = (batch, height * self.stride, width * self.stride, kernel.shape[2])
+            x = tf.nn.conv2d_transpose(x, kernel, shape, self.stride, "SAME")
+        else:
+            x = tf.nn.conv2d(x, kernel, self.stride, "SAME")
+        x = tf.nn.bias_add(x, bias)
+        return self.activation(x) if self.activation else x
+
+
+class GDN(tf.Module):
+    """Generalised divisive normalisation, x / sqrt(beta + gamma · x²), or its approximate inverse (times).
+
+    Ballé, Laparra, Simoncelli, ICLR 2016. beta and gamma are stored so that they stay non-negative
+    (tfc.GDNParameter); the norm is float32 whatever the input's precision.
+    """
+
+    def __init__(self, channels: int, *, inverse: bool = False):
+        super().__init__()
+        self.beta = tfc.GDNParameter(tf.ones(channels), name="beta", minimum=1e-6)
+        self.gamma = tfc.GDNParameter(0.1 * tf.eye(channels), name="gamma")
+        self.inverse = inverse
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        wide = tf.cast(x, tf.float32)
+        norm = tf.nn.conv2d(tf.square(wide), self.gamma()[None, None], 1, "VALID") + self.beta()
+        return tf.cast(wide * (tf.sqrt(norm) if self.inverse else tf.math.rsqrt(norm)), x.dtype)
+
+
+class Transform(tf.Module):
+    """Layers one after another, computed in `dtype`; input and output are float32."""
+
+    def __init__(self, layers: Sequence[Layer], dtype: str):
+        super().__init__()
+        self.layers, self.dtype = list(layers), dtype
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        x = tf.cast(x, self.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return tf.cast(x, tf.float32)
+
+
+def analysis(num_filters: int, latent_channels: int, dtype: str) -> Transform:
+    """g_a: [B, H, W, 3] → y [B, H/16, W/16, M]."""
+    n = num_filters
+    return Transform([Conv(3, n, 5, 2), GDN(n), Conv(n, n, 5, 2), GDN(n), Conv(n, n, 5, 2), GDN(n),
+                      Conv(n, latent_channels, 5, 2)], dtype)  # fmt: skip
+
+
+def synthesis(num_filters: int, latent_channels: int, dtype: str) -> Transform:
+    """g_s: ŷ [B, H/16, W/16, M] → x̂ [B, H, W, 3]."""
+    n = num_filters
+    return Transform([Conv(latent_channels, n, 5, 2, transpose=True), GDN(n, inverse=True),
+                      Conv(n, n, 5, 2, transpose=True), GDN(n, inverse=True),
+                      Conv(n, n, 5, 2, transpose=True), GDN(n, inverse=True),
+                      Conv(n, 3, 5, 2, transpose=True)], dtype)  # fmt: skip
+
+
+def hyper_analysis(latent_channels: int, hyper_channels: int, dtype: str) -> Transform:
+    """h_a: |y| → z [B, H/64, W/64, hyper_channels]."""
+    n = hyper_channels
+    return Transform([Conv(latent_channels, n, 3, 1, activation=tf.nn.relu),
+                      Conv(n, n, 5, 2, activation=tf.nn.relu), Conv(n, n, 5, 2)], dtype)  # fmt: skip
+
+
+def hyper_synthesis(latent_channels: int, hyper_channels: int, dtype: str) -> Transform:
+    """h_s: ẑ → the logarithm of y's standard deviations [B, H/16, W/16, M]."""
+    n = hyper_channels
+    return Transform([Conv(n, n, 5, 2, transpose=True, activation=tf.nn.relu),
+                      Conv(n, n, 5, 2, transpose=True, activation=tf.nn.relu),
+                      Conv(n, latent_channels, 3, 1)], dtype)  # fmt: skip
+
+
+def named_variables(module: Any, prefix: str = "") -> Iterator[tuple[str, tf.Variable]]:
+    """(path, variable) of a module of this package: names that stay the same whatever built it."""
+    for name, value in sorted(vars(module).items()):
+        if name.startswith("_"):
+            continue
+        path = f"{prefix}/{name}"
+        if isinstance(value, tfc.GDNParameter):
+            yield path, value.variable
+        elif isinstance(value, tf.Variable):
+            yield path, value
+        elif isinstance(value, tf.Module):
+            yield from named_variables(value, path)
+        elif name == "layers":
+            for index, layer in enumerate(value):
+                yield from named_variables(layer, f"{prefix}/{index}")
