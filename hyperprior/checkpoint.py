@@ -36,10 +36,12 @@ def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> No
         text = json.dumps({"format": FORMAT, **state}).encode()
         np.savez(file, state=np.frombuffer(text, np.uint8), **arrays)
 
-    write_whole(path, write, check=lambda aside: verify(aside))
+    write_whole(path, write, check=verify)
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None], check: Optional[Callable[[Path], None]] = None) -> None:
+def write_whole(
+    path: Path, write: Callable[[IO[bytes]], object], check: Optional[Callable[[Path], None]] = None
+) -> None:
     """`path` gets what `write` writes, all of it or none. Raises StorageError."""
     aside = path.with_name(path.name + ".tmp")
     try:
@@ -59,12 +61,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None], check: Optional[
     except (OSError, zipfile.BadZipFile) as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise StorageError(f"{path} cannot be written: {error}; what was complete before is intact: "
-                           f"free the disk and start the same command again") from error
+        raise StorageError(
+            f"{path} cannot be written: {error}; what was complete before is intact: "
+            f"free the disk and start the same command again"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()) and None)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def verify(path: Path) -> None:
@@ -119,8 +123,9 @@ def assign(variables: dict[str, Any], arrays: dict[str, np.ndarray], origin: str
         if name not in arrays:
             raise ConfigError(f"{origin} has no `{name}` {tuple(variable.shape)}; it holds another model or optimizer")
         if tuple(variable.shape) != arrays[name].shape:
-            raise ConfigError(f"{origin}: `{name}` has shape {arrays[name].shape}; "
-                              f"this config expects {tuple(variable.shape)}")  # fmt: skip
+            raise ConfigError(
+                f"{origin}: `{name}` has shape {arrays[name].shape}; this config expects {tuple(variable.shape)}"
+            )
     if extra := sorted(arrays.keys() - variables.keys()):
         raise ConfigError(f"{origin} holds `{extra[0]}`, which this config's model or optimizer does not have")
     for name, variable in variables.items():

@@ -12,13 +12,18 @@ import typer
 
 from hyperprior.errors import HyperpriorError
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="markdown",
-                  pretty_exceptions_enable=False,
-                  help="Train learned image compression with a scale hyperprior, exactly resumable.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Train learned image compression with a scale hyperprior, exactly resumable.",
+)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[SECTION.KEY=VALUE]...",
-                                                          help="Values that replace those of CONFIG.")]  # fmt: skip
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of CONFIG.")
+]
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Tars, directories, patterns or URLs.")]
 
 
@@ -36,8 +41,9 @@ show_traceback = False
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    run: Annotated[Optional[Path], typer.Option(help="Run directory; resumed if it holds a run. "
-                                                     "Default: runs/NAME-OF-CONFIG.")] = None,  # fmt: skip
+    run: Annotated[
+        Optional[Path], typer.Option(help="Run directory; resumed if it holds a run. Default: runs/NAME-OF-CONFIG.")
+    ] = None,
     quiet: Annotated[bool, typer.Option(help="Only warnings and errors.")] = False,
 ) -> None:
     """Train, or resume, a run; ends with its result on held-out images.
@@ -82,10 +88,14 @@ def pack_command(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="Directory of the shards.")],
     images_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-    max_side: Annotated[Optional[int], typer.Option(min=1, help="Scale larger images down to this longer side.")] = None,
+    max_side: Annotated[
+        Optional[int], typer.Option(min=1, help="Scale larger images down to this longer side.")
+    ] = None,
     min_side: Annotated[int, typer.Option(help="Leave out images with a side below this.")] = 1,
-    encode: Annotated[Optional[str], typer.Option(help="jpeg or png: re-encode every image; default: keep the "
-                                                       "bytes of images that are not scaled.")] = None,  # fmt: skip
+    encode: Annotated[
+        Optional[str],
+        typer.Option(help="jpeg or png: re-encode every image; default: keep the bytes of images that are not scaled."),
+    ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG re-encoding.")] = 95,
     allow_pipe: Annotated[bool, typer.Option(help="Allow `pipe:` sources, which run a shell command.")] = False,
 ) -> None:
@@ -124,8 +134,11 @@ def keep_freed_memory() -> None:
     glibc reads these settings only when a process starts; training steps take 0.8 of the time with them on
     the CPU. Memory use is that of the largest step either way.
     """
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34),
-                "MALLOC_TOP_PAD_": str(2**28)}  # fmt: skip
+    settings = {
+        "MALLOC_MMAP_THRESHOLD_": str(2**34),
+        "MALLOC_TRIM_THRESHOLD_": str(2**34),
+        "MALLOC_TOP_PAD_": str(2**28),
+    }
     if sys.platform == "linux" and not settings.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, "-m", "hyperprior", *sys.argv[1:]], {**os.environ, **settings})
 

@@ -44,9 +44,13 @@ Sources = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, st
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, validate_default=True, populate_by_name=True, frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        populate_by_name=True,
+        frozen=True,
         protected_namespaces=(),
-    )  # fmt: skip
+    )
 
 
 class Data(Section):
@@ -56,27 +60,39 @@ class Data(Section):
     val: Sources = field([], "validation sources; left out: val_split of train", may_change=True)
     test: Sources = field([], "test sources; left out: test_split of train, else val", may_change=True)
     val_split: Optional[float] = field(
-        None, "share of train held out for validation, by hash of the key (0.1 if val and test have no source)",
-        ge=0, lt=1)  # fmt: skip
+        None,
+        "share of train held out for validation, by hash of the key (0.1 if val and test have no source)",
+        ge=0,
+        lt=1,
+    )
     test_split: Optional[float] = field(
-        None, "share of train held out for testing, by hash of the key (0.1 if val and test have no source)",
-        ge=0, lt=1)  # fmt: skip
+        None, "share of train held out for testing, by hash of the key (0.1 if val and test have no source)", ge=0, lt=1
+    )
     max_images: Optional[int] = field(
-        None, "use at most this many images of train, chosen by hash of the key before it is split", ge=1)
+        None, "use at most this many images of train, chosen by hash of the key before it is split", ge=1
+    )
     patch_size: int = field(256, "side of the square training patches in pixels, a multiple of 64", ge=64)
     patches_per_image: int = field(
-        1, "random patches cut from an image each time it is decoded; they go to successive batches", ge=1)
+        1, "random patches cut from an image each time it is decoded; they go to successive batches", ge=1
+    )
     eval_crop: Union[int, Literal["full"]] = field(
-        256, "side of the centre crop in validation and test, a multiple of 64, or `full`: the whole image")
+        256, "side of the centre crop in validation and test, a multiple of 64, or `full`: the whole image"
+    )
     small_images: Literal["skip", "upscale"] = field(
-        "skip", "images with a side below the patch: skipped and counted, or enlarged to fit")
+        "skip", "images with a side below the patch: skipped and counted, or enlarged to fit"
+    )
     shuffle_buffer: int = field(256, "samples a shard's shuffle buffer holds; 1: in the order of the tar", ge=1)
     max_bad_fraction: float = field(
-        0.01, "stop when more than this share of samples is unusable (judged over at least 1,000)",
-        may_change=True, ge=0, le=1)  # fmt: skip
+        0.01,
+        "stop when more than this share of samples is unusable (judged over at least 1,000)",
+        may_change=True,
+        ge=0,
+        le=1,
+    )
     allow_pipe: bool = field(False, "allow `pipe:` sources, which run a shell command", may_change=True)
-    decode_threads: Optional[int] = field(None, "threads that decode images (default: one per core)",
-                                          may_change=True, ge=1)  # fmt: skip
+    decode_threads: Optional[int] = field(
+        None, "threads that decode images (default: one per core)", may_change=True, ge=1
+    )
 
     @model_validator(mode="after")
     def check(self) -> Data:
@@ -120,8 +136,13 @@ class Model(Section):
 class Loss(Section):
     """loss = bpp + lambda · 255² · mse, or bpp + lambda · (1 − ms_ssim); images in [0, 1]."""
 
-    lmbda: float = Field(0.013, alias="lambda", gt=0, json_schema_extra={"may_change": False},
-                         description="weight of the distortion; larger: more bits, better images")  # fmt: skip
+    lmbda: float = Field(
+        0.013,
+        alias="lambda",
+        gt=0,
+        json_schema_extra={"may_change": False},
+        description="weight of the distortion; larger: more bits, better images",
+    )
     metric: Literal["mse", "ms-ssim"] = field("mse", "the distortion")
 
 
@@ -133,25 +154,29 @@ class Train(Section):
     epochs: Optional[int] = field(None, "length in epochs, instead of steps (default: 100)", may_change=True, ge=1)
     learning_rate: float = field(1e-4, "Adam's peak learning rate", may_change=True, gt=0)
     schedule: Literal["constant", "cosine", "steps"] = field(
-        "constant", "cosine: to final_learning_rate at the end; steps: times decay_factor at each of decay_steps",
-        may_change=True)  # fmt: skip
+        "constant",
+        "cosine: to final_learning_rate at the end; steps: times decay_factor at each of decay_steps",
+        may_change=True,
+    )
     warmup_steps: int = field(0, "steps over which the learning rate rises from 0", may_change=True, ge=0)
     final_learning_rate: float = field(0.0, "where the cosine ends", may_change=True, ge=0)
     decay_steps: list[int] = field([], "steps at which schedule `steps` decays", may_change=True)
     decay_factor: float = field(0.1, "factor of each decay", may_change=True, gt=0, lt=1)
     clip_norm: Optional[float] = field(1.0, "gradients are scaled to at most this global norm; null: never", gt=0)
     ema: Optional[float] = field(
-        None, "decay of a moving average of the weights, used for validation and the result; null: none",
-        gt=0, lt=1)  # fmt: skip
+        None, "decay of a moving average of the weights, used for validation and the result; null: none", gt=0, lt=1
+    )
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = field(
-        "float32", "of the transforms; latents, entropy models, loss and GDN's norm stay float32")
+        "float32", "of the transforms; latents, entropy models, loss and GDN's norm stay float32"
+    )
     xla: bool = field(False, "compile the forward and backward pass with XLA")
     steps_per_call: int = field(10, "most training steps per call of the graph", may_change=True, ge=1)
     validate_every: Optional[Interval] = field(5000, "steps, or text such as '1 epoch'; null: never", may_change=True)
     checkpoint_every: Interval = field(1000, "steps, or text such as '5 epochs'", may_change=True)
     keep_checkpoints: int = field(5, "how many of the last are kept, beside the best", may_change=True, ge=1)
     early_stopping_patience: Optional[int] = field(
-        None, "stop after this many validations without a better loss; null: never", may_change=True, ge=1)
+        None, "stop after this many validations without a better loss; null: never", may_change=True, ge=1
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -173,10 +198,14 @@ class Distribute(Section):
     """Which devices train. Several machines: set TF_CONFIG for each, as TensorFlow documents."""
 
     cpu_devices: Optional[int] = field(
-        None, "train on this many logical CPU devices instead of the GPUs (to try distribution out)",
-        may_change=True, ge=1)  # fmt: skip
-    intra_op_threads: Optional[int] = field(None, "threads inside an operation (default: one per core)",
-                                            may_change=True, ge=1)  # fmt: skip
+        None,
+        "train on this many logical CPU devices instead of the GPUs (to try distribution out)",
+        may_change=True,
+        ge=1,
+    )
+    intra_op_threads: Optional[int] = field(
+        None, "threads inside an operation (default: one per core)", may_change=True, ge=1
+    )
     deterministic: bool = field(True, "on GPUs: deterministic kernels, so that a resume is exact", may_change=True)
 
 
@@ -185,7 +214,8 @@ class Summaries(Section):
 
     scalars_every: Interval = field(100, "steps, or text such as '1 epoch'", may_change=True)
     images_every: Optional[Interval] = field(
-        5000, "pictures and histograms: steps, or text such as '1 epoch'; null: never", may_change=True)
+        5000, "pictures and histograms: steps, or text such as '1 epoch'; null: never", may_change=True
+    )
     num_images: int = field(4, "validation images shown beside their reconstruction", may_change=True, ge=0)
 
 
@@ -195,7 +225,7 @@ class Config(Section):
     seed: int = field(0, "everything random derives from it", ge=0, lt=2**31)
     data: Data = Data()
     model: Model = Model()
-    loss: Loss = Loss()
+    loss: Loss = Loss.model_validate({})
     train: Train = Train()
     distribute: Distribute = Distribute()
     summaries: Summaries = Summaries()
@@ -207,7 +237,8 @@ class Config(Section):
                 if isinstance(side, int) and side < MS_SSIM_MIN_SIDE:
                     raise ValueError(
                         f"data.{name} is {side}; loss.metric ms-ssim needs at least {MS_SSIM_MIN_SIDE} pixels "
-                        f"a side: five scales of an 11 x 11 window (192 is the next multiple of 64)")
+                        f"a side: five scales of an 11 x 11 window (192 is the next multiple of 64)"
+                    )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,23 +263,29 @@ class Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if key in seen:
-                raise ConfigError(f"{node.start_mark.name}: `{key}` stands on line {seen[key]} "
-                                  f"and again on line {line}; keep one")
+                raise ConfigError(
+                    f"{node.start_mark.name}: `{key}` stands on line {seen[key]} and again on line {line}; keep one"
+                )
             seen[key] = line
         return super().construct_mapping(node, deep)
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in
-            ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}  # fmt: skip
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"),
-                             list("tTfF"))  # fmt: skip
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."))  # fmt: skip
+    list("-+0123456789."),
+)
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -367,8 +404,10 @@ def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any, bool]
     for name, info in fields_of(Config):
         rows = [(name, info, before[name], after[name])]
         if isinstance(before[name], dict):
-            rows = [(f"{name}.{key}", key_info, before[name][key], after[name][key])
-                    for key, key_info in fields_of(section_at([name]))]  # fmt: skip
+            rows = [
+                (f"{name}.{key}", key_info, before[name][key], after[name][key])
+                for key, key_info in fields_of(section_at([name]))
+            ]
         for key, key_info, was, now in rows:
             if was != now:
                 extra = key_info.json_schema_extra

@@ -30,7 +30,8 @@ class World:
             gpus = []
             cpu = tf.config.list_physical_devices("CPU")[0]
             tf.config.set_logical_device_configuration(
-                cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(settings.cpu_devices)])  # fmt: skip
+                cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(settings.cpu_devices)]
+            )
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         if gpus and settings.deterministic:
@@ -40,16 +41,19 @@ class World:
         self.local_replicas = local_replicas
         self.replicas = local_replicas * self.workers
         if batch_size % self.replicas:
-            below, above = batch_size // self.replicas * self.replicas, (batch_size // self.replicas + 1) * self.replicas
+            below, above = (
+                batch_size // self.replicas * self.replicas,
+                (batch_size // self.replicas + 1) * self.replicas,
+            )
             fitting = f"{below} and {above} are" if below else f"{above} is"
-            raise ConfigError(f"train.batch_size is {batch_size}; it must be divisible by {self.replicas} replicas "
-                              f"({fitting})")
+            raise ConfigError(
+                f"train.batch_size is {batch_size}; it must be divisible by {self.replicas} replicas ({fitting})"
+            )
         self.strategy: tf.distribute.Strategy
         if self.workers > 1:
             self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         elif local_replicas > 1 or gpus:
-            self.strategy = tf.distribute.MirroredStrategy(
-                [f"{self.device_kind}:{i}" for i in range(local_replicas)])  # fmt: skip
+            self.strategy = tf.distribute.MirroredStrategy([f"{self.device_kind}:{i}" for i in range(local_replicas)])
         else:
             self.strategy = tf.distribute.get_strategy()
         self.batch_size, self.replica_batch = batch_size, batch_size // self.replicas
@@ -66,7 +70,8 @@ class World:
     def place(self, parts: list[np.ndarray]) -> Any:
         """One array for each local replica, as a per-replica value."""
         return self.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(parts[context.replica_id_in_sync_group % len(parts)]))  # fmt: skip
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group % len(parts)])
+        )
 
     def first(self, value: Any) -> tf.Tensor:
         """The first local replica's part of a value that is the same on all."""
@@ -103,5 +108,6 @@ def tf_config_place() -> tuple[int, int]:
             return 1, 0
         return len(chiefs) + len(workers), int(task["index"]) + (len(chiefs) if task["type"] == "worker" else 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"TF_CONFIG is {text!r}: it must be JSON with cluster and task, as TensorFlow documents "
-                          f"({error!r})") from error
+        raise ConfigError(
+            f"TF_CONFIG is {text!r}: it must be JSON with cluster and task, as TensorFlow documents ({error!r})"
+        ) from error

@@ -1,11 +1,11 @@
 """What can go wrong, as types: each carries the exit code that launch scripts and job templates rely on.
 
-    HyperpriorError
-    ├── ConfigError    2   bad usage, bad config, a run directory that does not fit
-    ├── DataError      3   a source that is missing, damaged, empty or too bad to train on
-    ├── DivergedError  4   a loss or gradient that is not finite
-    └── Stopped       75   stopped resumably (EX_TEMPFAIL): start the same command again
-        └── StorageError   the disk refused a write; the last complete checkpoint is intact
+HyperpriorError
+├── ConfigError    2   bad usage, bad config, a run directory that does not fit
+├── DataError      3   a source that is missing, damaged, empty or too bad to train on
+├── DivergedError  4   a loss or gradient that is not finite
+└── Stopped       75   stopped resumably (EX_TEMPFAIL): start the same command again
+    └── StorageError   the disk refused a write; the last complete checkpoint is intact
 """
 
 

@@ -57,7 +57,8 @@ def cut_patches(data: bytes, size: int, places: Sequence[tuple[int, int]], *, up
         image = to_rgb(opened)
     if min(image.shape[:2]) < size:
         image = enlarge(image, size)
-    corners = [position(place, *image.shape[:2], size) for place in places]
+    height, width = image.shape[:2]
+    corners = [position(place, height, width, size) for place in places]
     return np.stack([image[top : top + size, left : left + size] for top, left in corners])
 
 
@@ -99,7 +100,7 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
         if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:  # fill bytes, markers without a segment
             at += 1 if marker == 0xFF else 2
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            height, width = (int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"))
             if not 0 < height * width <= MAX_PIXELS:
                 raise Unusable(f"a JPEG of {width}x{height} pixels")
             return height, width

@@ -44,8 +44,9 @@ ALL = Keep()
 
 def draw(*place: object) -> int:
     """64 random bits that depend on `place` alone, the same on every machine and version."""
-    return int.from_bytes(hashlib.blake2b(repr(place).encode("utf-8", "surrogateescape"), digest_size=8).digest(),
-                          "big")  # fmt: skip
+    return int.from_bytes(
+        hashlib.blake2b(repr(place).encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
+    )
 
 
 def unit(*place: object) -> float:
@@ -102,6 +103,8 @@ def lane_samples(
                     yield Cursor(epoch, visit, position), sample
             visit, offset = visit + 1, 0
         if empty:
-            raise DataError(f"lane {lane} of {lanes} finds no sample in epoch {epoch}: the training data has fewer "
-                            f"images than train.batch_size has lanes; lower train.batch_size")
+            raise DataError(
+                f"lane {lane} of {lanes} finds no sample in epoch {epoch}: the training data has fewer "
+                f"images than train.batch_size has lanes; lower train.batch_size"
+            )
         epoch, visit = epoch + 1, 0

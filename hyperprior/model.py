@@ -73,7 +73,7 @@ class ScaleHyperprior(tf.Module):
         z = self.h_a(tf.abs(y))
         return self._decode(tf.round(y), tf.round(z - z_offset) + z_offset)
 
-    @tf.function
+    @tf.function(autograph=False)
     def z_offset(self) -> tf.Tensor:
         """The median of each channel's prior, modulo 1: [hyper_channels]. Found by iteration: call it rarely."""
         return tfc.quantization_offset(self._prior)

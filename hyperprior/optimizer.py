@@ -30,8 +30,9 @@ class Optimizer(tf.Module):
         self.variables_by_name, self.settings, self.total_steps = variables, settings, total_steps
 
         def slots(initial: bool = False) -> dict[str, tf.Variable]:
-            return {name: tf.Variable(v if initial else tf.zeros_like(v), trainable=False)
-                    for name, v in variables.items()}  # fmt: skip
+            return {
+                name: tf.Variable(v if initial else tf.zeros_like(v), trainable=False) for name, v in variables.items()
+            }
 
         self.mean, self.variance = slots(), slots()
         self.average = slots(initial=True) if settings.ema else {}
@@ -74,9 +75,17 @@ class Optimizer(tf.Module):
             updates = []
             for (name, variable), gradient in zip(self.variables_by_name.items(), gradients):
                 adam = tf.raw_ops.ResourceApplyAdam(
-                    var=variable.handle, m=self.mean[name].handle, v=self.variance[name].handle,
-                    beta1_power=power_1, beta2_power=power_2, lr=rate,
-                    beta1=BETA_1, beta2=BETA_2, epsilon=EPSILON, grad=gradient)  # fmt: skip
+                    var=variable.handle,
+                    m=self.mean[name].handle,
+                    v=self.variance[name].handle,
+                    beta1_power=power_1,
+                    beta2_power=power_2,
+                    lr=rate,
+                    beta1=BETA_1,
+                    beta2=BETA_2,
+                    epsilon=EPSILON,
+                    grad=gradient,
+                )
                 if self.average:
                     with tf.control_dependencies([adam]):
                         average = self.average[name].handle

@@ -53,8 +53,10 @@ class Report:
         yield f"images    {self.images:,}, {self.bytes / 1e6:,.1f} MB"
         yield "formats   " + ", ".join(f"{name} {count:,}" for name, count in sorted(self.formats.items()))
         if good:
-            yield (f"sizes     sides from {self.shortest_side} to {self.longest_side} pixels, "
-                   f"{self.pixels / good / 1e6:.2f} megapixels on average")  # fmt: skip
+            yield (
+                f"sizes     sides from {self.shortest_side} to {self.longest_side} pixels, "
+                f"{self.pixels / good / 1e6:.2f} megapixels on average"
+            )
         yield f"small     {self.smaller_than_patch:,} have a side below {self.patch_size}"
         yield f"unusable  {len(self.unusable):,} images, {len(self.damaged):,} shards"
         problems = self.damaged + self.unusable
@@ -163,10 +165,9 @@ def write_shards(found: list[Shard], out: Path, options: Options, terminal: Term
         for first in range(0, total, options.images_per_shard):
             group = [next(samples) for _ in range(min(options.images_per_shard, total - first))]
             named = [(sample, unique(sample.key, keys)) for sample in group]
-            path = out / f"shards-{len(paths):06d}.tar"
-            paths.append(path)
+            path = out / f"shards-{first // options.images_per_shard:06d}.tar"
             if not path.exists():
-                packed = list(ahead(pool, lambda item: prepare(*item, options), iter(named)))
+                packed = list(ahead(pool, lambda item: prepare(item[0], item[1], options), iter(named)))
                 for (sample, _), result in zip(named, packed):
                     if isinstance(result, str):
                         terminal.warn(f"left out {sample.name}: {result}")
@@ -179,10 +180,17 @@ def write_shards(found: list[Shard], out: Path, options: Options, terminal: Term
                             if isinstance(item, Packed):
                                 writer.write({"__key__": item.key, item.suffix: item.data})
 
-                checkpoint.write_whole(path, write)
+                if any(isinstance(item, Packed) for item in packed):
+                    checkpoint.write_whole(path, write)
+            if path.exists():
+                paths.append(path)
             track.update(first + len(group))
-    terminal.say(f"{total - left_out:,} images in {len(paths):,} shards below {out}"
-                 + (f", {left_out:,} left out" if left_out else ""))  # fmt: skip
+    if not paths:
+        raise DataError(f"none of the {total} images can be packed")
+    terminal.say(
+        f"{total - left_out:,} images in {len(paths):,} shards below {out}"
+        + (f", {left_out:,} left out" if left_out else "")
+    )
     return paths
 
 

@@ -13,7 +13,7 @@ import fnmatch
 import functools
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Optional
@@ -110,9 +110,9 @@ class OpenFile:
     def __init__(self, path: str):
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` is gone when Python ends
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)
 
 
 @functools.lru_cache(maxsize=128)
@@ -192,10 +192,10 @@ def looks_whole(path: str, offset: int, size: int, name: str) -> None:
     if size == 0:
         raise DataError(f"{name} is empty")
     head = read_at(path, offset, min(size, BLOCK))
+    if not head.strip(b"\0"):
+        raise DataError(f"{name} is a tar without any member")
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError as error:
-        raise DataError(f"{name} is a tar without any member") from error
     except tarfile.HeaderError as error:
         raise DataError(f"{name} is not an uncompressed tar: {error}") from error
     if size % BLOCK or read_at(path, offset + size - BLOCK, BLOCK).strip(b"\0"):
@@ -229,13 +229,15 @@ def stream_tar(url: str) -> Iterator[Sample]:
             with tarfile.open(fileobj=tail, mode="r|") as tar:  # type: ignore[call-overload]
                 for member in tar:
                     if member.isreg() and PurePosixPath(member.name).suffix == ".tar":
-                        raise DataError(f"{url}: member {member.name} is a tar; nested tars are read in place from "
-                                        f"local files only; give the inner tars as URLs of their own")
+                        raise DataError(
+                            f"{url}: member {member.name} is a tar; nested tars are read in place from "
+                            f"local files only; give the inner tars as URLs of their own"
+                        )
                     if member.isreg() and is_image(member.name):
-                        data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                        data = tar.extractfile(member).read()
                         yield Sample(url, key_of(member.name), data=data)
                     end = tar.offset
-                    tar.members.clear()  # tarfile would keep every header
+                    tar.members = []  # tarfile would keep every header
             while tail.read(1 << 20):
                 pass
             if tail.last_nonzero > end or tail.count < end + BLOCK:
@@ -265,11 +267,11 @@ def open_sources(sources: Iterable[str], key: str, *, allow_pipe: bool = False) 
 
 
 def expand_braces(source: str) -> list[str]:
-    if source.startswith("pipe:"):
-        return [source]  # braces belong to the shell
+    if "{" not in source or source.startswith("pipe:"):  # there braces belong to the shell
+        return [source]
     from webdataset.shardlists import braceexpand
 
-    return list(braceexpand.braceexpand(source)) if "{" in source else [source]
+    return list(braceexpand.braceexpand(source))
 
 
 def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
@@ -292,8 +294,10 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
         return open_tar(str(path), size)
     if is_image(path.name):
         return [Shard("files", str(path.parent), str(path), size=size, files=(path.name,))]
-    raise ConfigError(f"{key}: {location} is no tar, image or directory; allowed are *.tar, directories, "
-                      f"images ({', '.join(sorted(IMAGE_SUFFIXES))}) and URLs")
+    raise ConfigError(
+        f"{key}: {location} is no tar, image or directory; allowed are *.tar, directories, "
+        f"images ({', '.join(sorted(IMAGE_SUFFIXES))}) and URLs"
+    )
 
 
 def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:

@@ -31,15 +31,17 @@ class Steps(NamedTuple):
     signals: tf.Tensor
 
 
-def make_train_steps(world: World, hyperprior: model.ScaleHyperprior, optimizer: Optimizer, settings: Config
-                     ) -> Callable[[Any, Any, tf.Tensor], Steps]:  # fmt: skip
+def make_train_steps(
+    world: World, hyperprior: model.ScaleHyperprior, optimizer: Optimizer, settings: Config
+) -> Callable[[Any, Any, tf.Tensor], Steps]:
     """f(images, signals, step): per-replica [n, b, P, P, 3] uint8 and [len(SIGNALS)]; the first step's number."""
     variables = list(hyperprior.named_variables().values())
     side, batch = settings.data.patch_size, world.batch_size
     shape_y, shape_z = hyperprior.latent_shapes(side, side)
     seed_y, seed_z = (lanes.draw(settings.seed, "noise", latent) >> 2 for latent in "yz")
 
-    @tf.function(jit_compile=settings.train.xla)
+    # autograph reads source files when a function is first called, which may be hours after the start.
+    @tf.function(jit_compile=settings.train.xla, autograph=False)
     def forward_backward(images: tf.Tensor, step: tf.Tensor, places: tf.Tensor, scale: tf.Tensor) -> Any:
         x = tf.cast(images, tf.float32) / 255.0
         noise_y = model.uniform_noise(shape_y, seed_y, step, places)
@@ -78,18 +80,21 @@ def make_train_steps(world: World, hyperprior: model.ScaleHyperprior, optimizer:
             norm = tf.where(finite, norm, 0.0)
         return diverged, tf.concat([metrics, norm[None]], axis=0), signals
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def train_steps(images: Any, signals: Any, step: tf.Tensor) -> Steps:
         count = tf.shape(world.first(images))[0]
-        totals, told = tf.zeros(len(TRAIN_METRICS) + 1), tf.zeros(len(SIGNALS))
-        index, diverged = tf.constant(0), tf.constant(False)
-        while index < count and not diverged:
-            result = world.strategy.run(replica_step, (images, signals, index, step + tf.cast(index, tf.int64)))
+
+        def go_on(done: tf.Tensor, diverged: tf.Tensor, totals: tf.Tensor, told: tf.Tensor) -> tf.Tensor:
+            return (done < count) & ~diverged
+
+        def one_step(done: tf.Tensor, diverged: tf.Tensor, totals: tf.Tensor, told: tf.Tensor) -> Steps:
+            result = world.strategy.run(replica_step, (images, signals, done, step + tf.cast(done, tf.int64)))
             diverged, metrics, told = (world.first(value) for value in result)
-            if not diverged:
-                totals += metrics
-                index += 1
-        return Steps(index, diverged, totals, told)
+            counted = tf.where(diverged, 0, 1)
+            return Steps(done + counted, diverged, tf.where(diverged, totals, totals + metrics), told)
+
+        start = Steps(tf.constant(0), tf.constant(False), tf.zeros(len(TRAIN_METRICS) + 1), tf.zeros(len(SIGNALS)))
+        return tf.while_loop(go_on, one_step, start)
 
     return train_steps
 
@@ -113,15 +118,16 @@ def make_eval_step(world: World, hyperprior: model.ScaleHyperprior, settings: Co
         sums = tf.reduce_sum(tf.where(weights > 0, tf.stack(rows), 0.0), axis=1)
         return tf.distribute.get_replica_context().all_reduce("SUM", tf.concat([sums, stop[None]], axis=0))
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def eval_step(images: Any, weights: Any, stop: Any, z_offset: tf.Tensor) -> tf.Tensor:
         return world.first(world.strategy.run(replica_step, (images, weights, stop, z_offset)))
 
     return eval_step
 
 
-def reconstruct(hyperprior: model.ScaleHyperprior, x: tf.Tensor, z_offset: tf.Tensor
-                ) -> tuple[tf.Tensor, model.Forward]:  # fmt: skip
+def reconstruct(
+    hyperprior: model.ScaleHyperprior, x: tf.Tensor, z_offset: tf.Tensor
+) -> tuple[tf.Tensor, model.Forward]:
     """What a viewer gets of [B, H, W, 3] images of any size: rounded latents, 8-bit pixels in [0, 1]."""
     height, width = tf.unstack(tf.shape(x)[1:3])
     out = hyperprior.round(pad(x), z_offset)
@@ -142,6 +148,9 @@ def means(sums: np.ndarray) -> dict[str, float]:
     """Means per image from the sums of `eval_step`, with bpp; ms_ssim over the images that are large enough."""
     found = dict(zip(EVAL_METRICS, map(float, sums)))
     images, ms_ssim_images = found.pop("images"), found.pop("ms_ssim_images")
-    result = {name: value / (ms_ssim_images if name == "ms_ssim" else images) if images else float("nan")
-              for name, value in found.items() if name != "ms_ssim" or ms_ssim_images}  # fmt: skip
+    result = {
+        name: value / (ms_ssim_images if name == "ms_ssim" else images) if images else float("nan")
+        for name, value in found.items()
+        if name != "ms_ssim" or ms_ssim_images
+    }
     return {**result, "bpp": result["bpp_y"] + result["bpp_z"], "images": int(images)}

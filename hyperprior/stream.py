@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
@@ -29,11 +29,15 @@ PREFETCH = 2  # chunks ready before the trainer asks
 
 
 class Source(NamedTuple):
-    """A split: its shards, and which of their samples belong to it. `images` is 0 where nobody counted."""
+    """A split: its shards, and which of their samples belong to it.
+
+    `images` is 0 where nobody counted them; else `digest` identifies their keys.
+    """
 
     shards: list[Shard]
     keep: Keep
-    images: int
+    images: int = 0
+    digest: int = 0
 
 
 @dataclass
@@ -44,8 +48,8 @@ class Splits:
     test_name: str  # "test", or "val" where nothing was set apart for testing
 
     def fingerprint(self) -> str:
-        """Identifies the data, wherever it lies: names, sizes, parts and splits."""
-        parts = [(shards.describe_shards(s.shards), s.keep) for s in (self.train, self.val, self.test)]
+        """Identifies the data, wherever it lies: names, sizes and parts of shards, and keys that were counted."""
+        parts = [(shards.describe_shards(s.shards), *s[1:]) for s in (self.train, self.val, self.test)]
         return f"{lanes.draw(parts):016x}"
 
 
@@ -54,8 +58,10 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
 
     Raises DataError for anything that can be known to be wrong before training.
     """
-    opened = {key: shards.open_sources(getattr(settings, key), f"data.{key}", allow_pipe=settings.allow_pipe)
-              for key in ("train", "val", "test")}  # fmt: skip
+    opened = {
+        key: shards.open_sources(getattr(settings, key), f"data.{key}", allow_pipe=settings.allow_pipe)
+        for key in ("train", "val", "test")
+    }
     if not opened["train"]:
         raise DataError("data.train names no source; give tars, directories or URLs")
     val_split, test_split = settings.splits()
@@ -69,21 +75,32 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
 
     def part(low: float, high: float) -> Source:
         keep = Keep(low, high, limit)
-        return Source(whole, keep, sum(map(keep, keys)) if keys is not None else 0)
+        return Source(whole, keep) if keys is None else counted(whole, keep, keys)
+
+    def counted(found: list[Shard], keep: Keep, keys: list[str]) -> Source:
+        kept = [key for key in keys if keep(key)]
+        return Source(found, keep, len(kept), lanes.draw(kept))
 
     def given(key: str) -> Source:
-        return Source(opened[key], lanes.ALL, len(all_keys(opened[key])))
+        return counted(opened[key], lanes.ALL, all_keys(opened[key]))
 
     train = part(test_split + val_split, 1.0)
     if keys is not None and train.images < batch_size:
-        raise DataError(f"the training data has {train.images} images but train.batch_size is {batch_size}, and each "
-                        f"place of the batch reads images of its own; lower train.batch_size or add images")
+        raise DataError(
+            f"the training data has {train.images} images but train.batch_size is {batch_size}, and each "
+            f"place of the batch reads images of its own; lower train.batch_size or add images"
+        )
     val = given("val") if opened["val"] else part(test_split, test_split + val_split)
     test = given("test") if opened["test"] else part(0.0, test_split)
-    for name, source, wanted in (("val", val, opened["val"] or val_split), ("test", test, opened["test"] or test_split)):
+    for name, source, wanted in (
+        ("val", val, opened["val"] or val_split),
+        ("test", test, opened["test"] or test_split),
+    ):
         if wanted and not source.images:
-            raise DataError(f"the {name} split is empty: {len(keys or ())} images of data.train are too few for "
-                            f"data.{name}_split={val_split if name == 'val' else test_split}; give data.{name} sources")
+            raise DataError(
+                f"the {name} split is empty: {len(keys or ())} images of data.train are too few for "
+                f"data.{name}_split={val_split if name == 'val' else test_split}; give data.{name} sources"
+            )
     train = train._replace(shards=lanes.enough_shards(whole, batch_size))
     return Splits(train, val, test, "test") if test.images else Splits(train, val, val, "val")
 
@@ -120,11 +137,20 @@ class Batch:
 class Lane:
     """One lane's patches, for ever."""
 
-    def __init__(self, pool: ThreadPoolExecutor, source: Source, settings: config.Data, seed: int, lane: int,
-                 batch_size: int, start: Cursor):  # fmt: skip
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        source: Source,
+        settings: config.Data,
+        seed: int,
+        lane: int,
+        batch_size: int,
+        start: Cursor,
+    ):
         self.settings, self.seed, self.lane, self.pool, self.cursor = settings, seed, lane, pool, start
-        self.samples = lanes.lane_samples(source.shards, source.keep, seed, lane, batch_size,
-                                          settings.shuffle_buffer, start)  # fmt: skip
+        self.samples = lanes.lane_samples(
+            source.shards, source.keep, seed, lane, batch_size, settings.shuffle_buffer, start
+        )
         self.pending: deque[tuple[Cursor, Sample, Future[np.ndarray]]] = deque()
         self.patches: Optional[tuple[Cursor, Sample, np.ndarray]] = None
         self.last_good_epoch = start.epoch
@@ -145,8 +171,10 @@ class Lane:
                 skipped.append(Skip(sample.name, str(error), not isinstance(error, images.TooSmall)))
                 self.cursor = at._replace(offset=at.offset + 1)
                 if at.epoch > self.last_good_epoch + 1:
-                    raise DataError(f"lane {self.lane} found no usable image in a whole epoch; the last it passed over "
-                                    f"is {sample.name}: {error} (see data.patch_size, data.small_images)") from error
+                    raise DataError(
+                        f"lane {self.lane} found no usable image in a whole epoch; the last it passed over "
+                        f"is {sample.name}: {error} (see data.patch_size, data.small_images)"
+                    ) from error
         at, sample, patches = self.patches
         patch = self.cursor.patch
         if patch + 1 < len(patches):
@@ -158,23 +186,32 @@ class Lane:
 
     def load(self, at: Cursor, sample: Sample) -> np.ndarray:
         # Keyed by the sample, not the lane: an image is cut alike whatever the batch size.
-        bits = [lanes.draw(self.seed, "crop", at.epoch, sample.key, patch)
-                for patch in range(self.settings.patches_per_image)]  # fmt: skip
+        bits = [
+            lanes.draw(self.seed, "crop", at.epoch, sample.key, patch)
+            for patch in range(self.settings.patches_per_image)
+        ]
         places = [(b >> 32, b & 0xFFFFFFFF) for b in bits]
-        return images.cut_patches(sample.read(), self.settings.patch_size, places,
-                                  upscale=self.settings.small_images == "upscale")  # fmt: skip
+        return images.cut_patches(
+            sample.read(), self.settings.patch_size, places, upscale=self.settings.small_images == "upscale"
+        )
 
 
-def batches(source: Source, settings: config.Data, seed: int, own: range, batch_size: int,
-            cursors: Sequence[Cursor]) -> Iterator[Batch]:  # fmt: skip
+def batches(
+    source: Source, settings: config.Data, seed: int, own: range, batch_size: int, cursors: Sequence[Cursor]
+) -> Generator[Batch, None, None]:
     """This worker's share of every global batch from `cursors` (one per global lane) on, for ever."""
     with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
         row = [Lane(pool, source, settings, seed, i, batch_size, cursors[i]) for i in own]
         try:
             while True:
                 patches, keys, used, skipped = zip(*[lane.next() for lane in row])
-                yield Batch(np.stack(patches), list(keys), [lane.cursor for lane in row], sum(used),
-                            [skip for lane in skipped for skip in lane])  # fmt: skip
+                yield Batch(
+                    np.stack(patches),
+                    list(keys),
+                    [lane.cursor for lane in row],
+                    sum(used),
+                    [skip for lane in skipped for skip in lane],
+                )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -230,8 +267,9 @@ class EvalImage(NamedTuple):
     skip: Optional[Skip] = None
 
 
-def eval_batches(source: Source, settings: config.Data, own: range, batch_size: int, min_side: int = 1
-                 ) -> Iterator[list[EvalImage]]:  # fmt: skip
+def eval_batches(
+    source: Source, settings: config.Data, own: range, batch_size: int, min_side: int = 1
+) -> Generator[list[EvalImage], None, None]:
     """This worker's places of every global batch: each image of the split once, in order, the end padded.
 
     Images are centre crops of `eval_crop`, or whole where that is `full`; one with a side below that, or
@@ -246,7 +284,7 @@ def eval_batches(source: Source, settings: config.Data, own: range, batch_size: 
         try:
             data = sample.read()
             image = images.centre_crop(data, side) if side else images.decode(data)
-            images.check_size(*image.shape[:2], min_side, upscale=False)
+            images.check_size(image.shape[0], image.shape[1], min_side, upscale=False)
             return EvalImage(image, 1.0)
         except images.Unusable as error:
             return EvalImage(blank, 0.0, Skip(sample.name, str(error), not isinstance(error, images.TooSmall)))

@@ -115,8 +115,10 @@ class Summaries:
             picture.save(png, "PNG")
             strings = [str(side).encode() for side in picture.size] + [png.getvalue()]
             tensor = tensor_pb2.TensorProto(
-                dtype=types_pb2.DT_STRING, string_val=strings,
-                tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=3)]))
+                dtype=types_pb2.DT_STRING,
+                string_val=strings,
+                tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=3)]),
+            )
             metadata = image_metadata.create_summary_metadata(tag, "original, reconstruction")
             value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
             self._add("val", step, summary_pb2.Summary(value=[value]))
@@ -140,7 +142,13 @@ def side_by_side(original: np.ndarray, reconstruction: np.ndarray, caption: str,
 
 def describe(values: dict[str, float], keys: Optional[tuple[str, ...]] = None) -> str:
     """Metrics as people read them: `loss 1.234  bpp 0.456  PSNR 30.12 dB`."""
-    formats = {"loss": "loss {:.4f}", "bpp": "bpp {:.4f}", "distortion": "distortion {:.6f}",
-               "psnr_db": "PSNR {:.2f} dB", "ms_ssim": "MS-SSIM {:.4f}", "images_per_s": "{:.1f} images/s",
-               "input_wait": "waiting {:.0%}"}  # fmt: skip
+    formats = {
+        "loss": "loss {:.4f}",
+        "bpp": "bpp {:.4f}",
+        "distortion": "distortion {:.6f}",
+        "psnr_db": "PSNR {:.2f} dB",
+        "ms_ssim": "MS-SSIM {:.4f}",
+        "images_per_s": "{:.1f} images/s",
+        "input_wait": "waiting {:.0%}",
+    }
     return "  ".join(formats[k].format(values[k]) for k in keys or formats if k in values)

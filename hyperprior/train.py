@@ -92,8 +92,13 @@ class Trainer:
     def __init__(self, settings: Config, run: Path, terminal: Terminal, world: World, stop: StopRequest):
         self.settings, self.run, self.terminal, self.world, self.stop = settings, run, terminal, world, stop
         self.checkpoints = run / "checkpoints"
-        in_epochs = [settings.train.epochs, settings.train.validate_every, settings.train.checkpoint_every,
-                     settings.summaries.scalars_every, settings.summaries.images_every]  # fmt: skip
+        in_epochs = [
+            settings.train.epochs,
+            settings.train.validate_every,
+            settings.train.checkpoint_every,
+            settings.summaries.scalars_every,
+            settings.summaries.images_every,
+        ]
         count = settings.train.epochs is not None or any(isinstance(i, str) for i in in_epochs)
         self.splits = stream.open_splits(settings.data, world.batch_size, count=count)
         patches = self.splits.train.images * settings.data.patches_per_image
@@ -113,8 +118,10 @@ class Trainer:
             dtype = settings.train.precision.replace("mixed_", "")
             self.model = ScaleHyperprior(settings.model, dtype)
             self.optimizer = Optimizer(self.model.named_variables(), settings.train, self.total)
-        self.variables = {**{f"model/{name}": v for name, v in self.model.named_variables().items()},
-                          **{f"optimizer/{name}": v for name, v in self.optimizer.named_variables().items()}}
+        self.variables = {
+            **{f"model/{name}": v for name, v in self.model.named_variables().items()},
+            **{f"optimizer/{name}": v for name, v in self.optimizer.named_variables().items()},
+        }
         self.state = State([Cursor()] * world.batch_size)
         if saved:
             arrays, state = saved
@@ -122,7 +129,9 @@ class Trainer:
             self.state = State(**{**state["run"], "cursors": [Cursor(*c) for c in state["run"]["cursors"]]})
         self.train_steps = steps.make_train_steps(world, self.model, self.optimizer, settings)
         self.eval_step = steps.make_eval_step(world, self.model, settings)
-        self.reconstruct = tf.function(lambda x, offset: steps.reconstruct(self.model, x, offset))
+        self.reconstruct = tf.function(
+            lambda x, offset: steps.reconstruct(self.model, x, offset), reduce_retracing=True, autograph=False
+        )
 
     def steps_of(self, interval: int | str | None) -> int:
         """An interval in steps; 0: never."""
@@ -146,15 +155,21 @@ class Trainer:
             else:
                 refused.append(f"{key} was {was} and is now {now}")
         if refused:
-            raise ConfigError(f"{self.run} holds a run with another config: {'; '.join(refused)}. "
-                              f"These can't change in a run: restore them, or choose another --run")
+            raise ConfigError(
+                f"{self.run} holds a run with another config: {'; '.join(refused)}. "
+                f"These can't change in a run: restore them, or choose another --run"
+            )
         if saved["data"] != self.describe_data():
-            raise ConfigError(f"{self.run} holds a run on other data: {saved['data']}, now {self.describe_data()}; "
-                              f"restore the sources, or choose another --run")
+            raise ConfigError(
+                f"{self.run} holds a run on other data: {saved['data']}, now {self.describe_data()}; "
+                f"restore the sources, or choose another --run"
+            )
         for key, now in self.world.environment().items():
             if (was := saved["environment"].get(key)) != now:
-                self.terminal.warn(f"{key} was {was} and is now {now}: the weights will not be bit-identical to "
-                                   f"those of an uninterrupted run")
+                self.terminal.warn(
+                    f"{key} was {was} and is now {now}: the weights will not be bit-identical to "
+                    f"those of an uninterrupted run"
+                )
 
     def describe_data(self) -> str:
         s = self.splits
@@ -167,10 +182,13 @@ class Trainer:
         self.state.cursors = [Cursor(*map(int, row)) for row in self.world.sum_workers(own)]
         if not self.world.is_chief:
             return
-        state = {"run": dataclasses.asdict(self.state), "config": self.settings.to_dict(),
-                 "data": self.describe_data(), "environment": self.world.environment(),
-                 "version": hyperprior.__version__}  # fmt: skip
-        state["run"]["cursors"] = [list(cursor) for cursor in self.state.cursors]
+        state = {
+            "run": dataclasses.asdict(self.state),
+            "config": self.settings.to_dict(),
+            "data": self.describe_data(),
+            "environment": self.world.environment(),
+            "version": hyperprior.__version__,
+        }
         arrays = {name: variable.numpy() for name, variable in self.variables.items()}
         checkpoint.save(checkpoint.path_of(self.checkpoints, self.state.step), arrays, state)
         checkpoint.keep_last(self.checkpoints, self.settings.train.keep_checkpoints)
@@ -185,8 +203,9 @@ class Trainer:
             return json.loads(results.read_text())
         self.announce()
         if self.world.is_chief:
-            checkpoint.write_text(self.run / "config.yaml",
-                                  f"# hyperprior {hyperprior.__version__}, resolved\n{render(self.settings)}")
+            checkpoint.write_text(
+                self.run / "config.yaml", f"# hyperprior {hyperprior.__version__}, resolved\n{render(self.settings)}"
+            )
         with self.summaries() as self.report:
             started = state.step
             self.report.text("config", render(self.settings), started)
@@ -215,18 +234,24 @@ class Trainer:
         parameters = sum(int(np.prod(v.shape)) for v in self.model.named_variables().values())
         say = self.terminal.say
         say(f"run      {self.run}, " + (f"resumed at step {state.step}" if state.step else "new"))
-        say(f"data     train {images}{len(train.shards)} shards; val {self.splits.val.images} images; "
-            f"test {'is val' if self.splits.test_name == 'val' else f'{self.splits.test.images} images'}")
-        say(f"model    N={s.model.num_filters}, M={s.model.latent_channels}, {parameters:,} parameters, "
-            f"{s.train.precision}")
-        say(f"devices  {self.world.environment()['devices']}, {self.world.replica_batch} patches of "
-            f"{s.data.patch_size}x{s.data.patch_size} each, global batch {self.world.batch_size}")
+        say(
+            f"data     train {images}{len(train.shards)} shards; val {self.splits.val.images} images; "
+            f"test {'is val' if self.splits.test_name == 'val' else f'{self.splits.test.images} images'}"
+        )
+        say(
+            f"model    N={s.model.num_filters}, M={s.model.latent_channels}, {parameters:,} parameters, "
+            f"{s.train.precision}"
+        )
+        say(
+            f"devices  {self.world.environment()['devices']}, {self.world.replica_batch} patches of "
+            f"{s.data.patch_size}x{s.data.patch_size} each, global batch {self.world.batch_size}"
+        )
         say(f"length   {self.total} steps" + (f" of {self.epoch_steps} an epoch" if self.epoch_steps else ""))
 
     def loop(self, track: Track) -> None:
         state = self.state
         chunks = stream.Prefetch(self.chunks())
-        self.since_log = {"time": time.perf_counter(), "wait": 0.0, "step": state.step, "sums": 0.0}
+        self.since_log: dict[str, Any] = {"time": time.perf_counter(), "wait": 0.0, "step": state.step, "sums": 0.0}
         try:
             if self.due("validate") and state.step > state.validated_step:
                 self.validate(track)  # a stop had cut it short
@@ -244,26 +269,41 @@ class Trainer:
                 if stopped or self.due("checkpoint") or self.finished():
                     self.save()
                 if stopped:
-                    raise Stopped(f"stopped at step {state.step} of {self.total} with a checkpoint; start the same "
-                                  f"command again to go on")
+                    raise Stopped(
+                        f"stopped at step {state.step} of {self.total} with a checkpoint; start the same "
+                        f"command again to go on"
+                    )
         finally:
             chunks.close()
 
     def chunks(self) -> Iterator[Chunk]:
         """The input of one call after another: at most steps_per_call steps, never across an interval."""
         world, step = self.world, self.state.step
-        batches = stream.batches(self.splits.train, self.settings.data, self.settings.seed,
-                                 world.lanes(world.batch_size), world.batch_size, self.state.cursors)  # fmt: skip
+        batches = stream.batches(
+            self.splits.train,
+            self.settings.data,
+            self.settings.seed,
+            world.lanes(world.batch_size),
+            world.batch_size,
+            self.state.cursors,
+        )
         with contextlib.closing(batches):
             while step < self.total:
-                ends = [step + self.settings.train.steps_per_call, self.total,
-                        *((step // every + 1) * every for every in self.intervals.values() if every)]  # fmt: skip
+                ends = [
+                    step + self.settings.train.steps_per_call,
+                    self.total,
+                    *((step // every + 1) * every for every in self.intervals.values() if every),
+                ]
                 found = [next(batches) for _ in range(min(ends) - step)]
                 step = min(ends)
                 images = np.stack([batch.images for batch in found])
-                yield Chunk(np.split(images, world.local_replicas, axis=1), [batch.keys for batch in found],
-                            found[-1].cursors, sum(batch.samples for batch in found),
-                            [skip for batch in found for skip in batch.skipped])  # fmt: skip
+                yield Chunk(
+                    np.split(images, world.local_replicas, axis=1),
+                    [batch.keys for batch in found],
+                    found[-1].cursors,
+                    sum(batch.samples for batch in found),
+                    [skip for batch in found for skip in batch.skipped],
+                )
 
     def train_chunk(self, chunk: Chunk, track: Track) -> bool:
         """Trains on a chunk; True if a worker was asked to stop. Raises DivergedError, DataError."""
@@ -275,9 +315,11 @@ class Trainer:
         done = int(result.done)
         if bool(result.diverged):
             # Nothing of the failed step reached the weights; the last checkpoint stays the newest.
-            raise DivergedError(f"the loss or a gradient is not finite at step {state.step + done}; the weights and "
-                                f"checkpoints are from before it. Its samples here: "
-                                f"{', '.join(chunk.keys[done])}. Lower train.learning_rate, or look at these images")
+            raise DivergedError(
+                f"the loss or a gradient is not finite at step {state.step + done}; the weights and "
+                f"checkpoints are from before it. Its samples here: "
+                f"{', '.join(chunk.keys[done])}. Lower train.learning_rate, or look at these images"
+            )
         for skip in chunk.skipped:
             if skip.bad:
                 self.terminal.warn(f"skipped {skip.sample}: {skip.reason}")
@@ -293,9 +335,11 @@ class Trainer:
         track.update(state.step)
         limit = self.settings.data.max_bad_fraction * max(state.samples, BAD_JUDGED_OVER)
         if state.bad > limit:
-            raise DataError(f"{state.bad} of {state.samples} samples are unusable, more than data.max_bad_fraction="
-                            f"{self.settings.data.max_bad_fraction} (judged over at least {BAD_JUDGED_OVER}); "
-                            f"{self.run / 'metrics.jsonl'} names each, `hyperprior inspect` finds them all")
+            raise DataError(
+                f"{state.bad} of {state.samples} samples are unusable, more than data.max_bad_fraction="
+                f"{self.settings.data.max_bad_fraction} (judged over at least {BAD_JUDGED_OVER}); "
+                f"{self.run / 'metrics.jsonl'} names each, `hyperprior inspect` finds them all"
+            )
         return bool(stop > 0)
 
     def log(self, track: Track) -> None:
@@ -328,8 +372,11 @@ class Trainer:
                 state.best_loss, state.best_step, state.stale = found["loss"], state.step, 0
                 if self.world.is_chief:
                     arrays = {f"model/{name}": v.numpy() for name, v in self.model.named_variables().items()}
-                    checkpoint.save(self.best, arrays, {"step": state.step, "loss": found["loss"],
-                                                        "config": self.settings.to_dict()})  # fmt: skip
+                    checkpoint.save(
+                        self.best,
+                        arrays,
+                        {"step": state.step, "loss": found["loss"], "config": self.settings.to_dict()},
+                    )
             else:
                 state.stale += 1
         self.report.scalars("val", state.step, found)
@@ -356,7 +403,7 @@ class Trainer:
                 groups = [found[i : i + each] for i in range(0, len(found), each)]
                 images = world.place([np.stack([place.image for place in group]) for group in groups])
                 weights = world.place([np.array([place.weight for place in group], np.float32) for group in groups])
-                told = np.float32(self.stop.requested)
+                told = np.array(self.stop.requested, np.float32)
                 stop = world.place([told] + [0 * told] * (world.local_replicas - 1))
                 sums = self.eval_step(images, weights, stop, z_offset).numpy()
                 if sums[-1] > 0:
@@ -367,8 +414,10 @@ class Trainer:
                         self.terminal.warn(f"skipped {place.skip.sample}: {place.skip.reason}")
         found_means = steps.means(totals)
         if not found_means["images"]:
-            raise DataError(f"none of the {source.images} images set apart for evaluation can be used; "
-                            f"lower data.eval_crop ({settings.data.eval_crop})")
+            raise DataError(
+                f"none of the {source.images} images set apart for evaluation can be used; "
+                f"lower data.eval_crop ({settings.data.eval_crop})"
+            )
         return found_means
 
     def pictures(self) -> None:
@@ -394,11 +443,13 @@ class Trainer:
                 psnr = float(rd.psnr_db(rd.mse(x, x_hat))[0])
                 pixels = tf.cast(x_hat[0] * 255.0 + 0.5, tf.uint8).numpy()
                 caption = f"step {self.state.step}: {bpp:.3f} bpp, {psnr:.2f} dB"
-                self.report.picture(f"reconstruction/{index}", self.state.step,
-                                    summaries.side_by_side(image, pixels, caption))  # fmt: skip
+                self.report.picture(
+                    f"reconstruction/{index}", self.state.step, summaries.side_by_side(image, pixels, caption)
+                )
                 scales.append(np.log2(self.model.scales(out.log_scales).numpy()).ravel())
-        self.report.histogram("scales/log2", self.state.step, np.concatenate(scales),
-                              "log2 of the standard deviations of y")  # fmt: skip
+        self.report.histogram(
+            "scales/log2", self.state.step, np.concatenate(scales), "log2 of the standard deviations of y"
+        )
         self.since_log["time"] += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
@@ -415,9 +466,16 @@ class Trainer:
                 found = self.evaluate(self.splits.test) if self.splits.test.images else {}
         if found is None:
             raise Stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
-        return {**found, "step": step, "trained_steps": self.state.step, "split": self.splits.test_name,
-                "eval_crop": self.settings.data.eval_crop, "lambda": self.settings.loss.lmbda,
-                "metric": self.settings.loss.metric, "version": hyperprior.__version__}  # fmt: skip
+        return {
+            **found,
+            "step": step,
+            "trained_steps": self.state.step,
+            "split": self.splits.test_name,
+            "eval_crop": self.settings.data.eval_crop,
+            "lambda": self.settings.loss.lmbda,
+            "metric": self.settings.loss.metric,
+            "version": hyperprior.__version__,
+        }
 
 
 def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
@@ -425,7 +483,9 @@ def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
     if "loss" not in result:
         return [f"{result['trained_steps']} steps; no images were set apart for a test (data.test, data.test_split)"]
     what = "the held-out test images" if result["split"] == "test" else "the validation images (no test split)"
-    return [f"result on {what}: {summaries.describe(result)}",
-            f"         {result['images']} images, weights of step {result['step']} of {result['trained_steps']}",
-            f"run      {run}: config.yaml, checkpoints/, metrics.jsonl, results.json",
-            f"watch    tensorboard --logdir {run}"]  # fmt: skip
+    return [
+        f"result on {what}: {summaries.describe(result)}",
+        f"         {result['images']} images, weights of step {result['step']} of {result['trained_steps']}",
+        f"run      {run}: config.yaml, checkpoints/, metrics.jsonl, results.json",
+        f"watch    tensorboard --logdir {run}",
+    ]

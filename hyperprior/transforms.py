@@ -17,8 +17,16 @@ class Conv(tf.Module):
     `kernel`: [k, k, in, out], or [k, k, out, in] with `transpose`; `bias`: [out].
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int, *, transpose: bool = False,
-                 activation: Optional[Layer] = None):  # fmt: skip
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int,
+        stride: int,
+        *,
+        transpose: bool = False,
+        activation: Optional[Layer] = None,
+    ):
         super().__init__()
         shape = (kernel_size, kernel_size, *((outputs, inputs) if transpose else (inputs, outputs)))
         self.kernel = tf.Variable(tf.keras.initializers.GlorotUniform()(shape), name="kernel")
@@ -73,32 +81,53 @@ class Transform(tf.Module):
 def analysis(num_filters: int, latent_channels: int, dtype: str) -> Transform:
     """g_a: [B, H, W, 3] → y [B, H/16, W/16, M]."""
     n = num_filters
-    return Transform([Conv(3, n, 5, 2), GDN(n), Conv(n, n, 5, 2), GDN(n), Conv(n, n, 5, 2), GDN(n),
-                      Conv(n, latent_channels, 5, 2)], dtype)  # fmt: skip
+    return Transform(
+        [Conv(3, n, 5, 2), GDN(n), Conv(n, n, 5, 2), GDN(n), Conv(n, n, 5, 2), GDN(n), Conv(n, latent_channels, 5, 2)],
+        dtype,
+    )
 
 
 def synthesis(num_filters: int, latent_channels: int, dtype: str) -> Transform:
     """g_s: ŷ [B, H/16, W/16, M] → x̂ [B, H, W, 3]."""
     n = num_filters
-    return Transform([Conv(latent_channels, n, 5, 2, transpose=True), GDN(n, inverse=True),
-                      Conv(n, n, 5, 2, transpose=True), GDN(n, inverse=True),
-                      Conv(n, n, 5, 2, transpose=True), GDN(n, inverse=True),
-                      Conv(n, 3, 5, 2, transpose=True)], dtype)  # fmt: skip
+    return Transform(
+        [
+            Conv(latent_channels, n, 5, 2, transpose=True),
+            GDN(n, inverse=True),
+            Conv(n, n, 5, 2, transpose=True),
+            GDN(n, inverse=True),
+            Conv(n, n, 5, 2, transpose=True),
+            GDN(n, inverse=True),
+            Conv(n, 3, 5, 2, transpose=True),
+        ],
+        dtype,
+    )
 
 
 def hyper_analysis(latent_channels: int, hyper_channels: int, dtype: str) -> Transform:
     """h_a: |y| → z [B, H/64, W/64, hyper_channels]."""
     n = hyper_channels
-    return Transform([Conv(latent_channels, n, 3, 1, activation=tf.nn.relu),
-                      Conv(n, n, 5, 2, activation=tf.nn.relu), Conv(n, n, 5, 2)], dtype)  # fmt: skip
+    return Transform(
+        [
+            Conv(latent_channels, n, 3, 1, activation=tf.nn.relu),
+            Conv(n, n, 5, 2, activation=tf.nn.relu),
+            Conv(n, n, 5, 2),
+        ],
+        dtype,
+    )
 
 
 def hyper_synthesis(latent_channels: int, hyper_channels: int, dtype: str) -> Transform:
     """h_s: ẑ → the logarithm of y's standard deviations [B, H/16, W/16, M]."""
     n = hyper_channels
-    return Transform([Conv(n, n, 5, 2, transpose=True, activation=tf.nn.relu),
-                      Conv(n, n, 5, 2, transpose=True, activation=tf.nn.relu),
-                      Conv(n, latent_channels, 3, 1)], dtype)  # fmt: skip
+    return Transform(
+        [
+            Conv(n, n, 5, 2, transpose=True, activation=tf.nn.relu),
+            Conv(n, n, 5, 2, transpose=True, activation=tf.nn.relu),
+            Conv(n, latent_channels, 3, 1),
+        ],
+        dtype,
+    )
 
 
 def named_variables(module: Any, prefix: str = "") -> Iterator[tuple[str, tf.Variable]]:

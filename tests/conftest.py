@@ -1,0 +1,108 @@
+"""Tiny real objects for the tests: photographs drawn from a seed, tars of them, and runs of the command."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# A model and patches so small that a run takes seconds.
+TINY = [
+    "model.num_filters=8",
+    "model.latent_channels=8",
+    "model.hyper_channels=8",
+    "data.patch_size=64",
+    "data.eval_crop=64",
+    "data.val_split=0",
+    "data.test_split=0",
+    "train.batch_size=4",
+    "train.steps_per_call=1",
+    "train.learning_rate=1e-3",
+    "summaries.scalars_every=1",
+    "summaries.images_every=null",
+]
+
+
+def photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """A smooth random picture."""
+    small = np.random.RandomState(seed).randint(0, 256, (6, 6, 3)).astype(np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def photos(count: int, prefix: str = "p") -> list[tuple[str, bytes]]:
+    return [(f"{prefix}{i:03d}.JPEG", encoded(photo(i))) for i in range(count)]
+
+
+@pytest.fixture
+def flat_tar(tmp_path: Path) -> Path:
+    """24 photographs in one tar."""
+    path = tmp_path / "flat.tar"
+    path.write_bytes(tar_bytes(photos(24)))
+    return path
+
+
+@pytest.fixture
+def nested_tar(tmp_path: Path) -> Path:
+    """Six class tars of 1 to 6 photographs, in ImageNet's layout."""
+    path = tmp_path / "nested.tar"
+    path.write_bytes(tar_bytes((f"n{c}.tar", tar_bytes(photos(c + 1, f"n{c}_"))) for c in range(6)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The folder of real photographs in ImageNet's layout."""
+    folder = os.environ.get("HYPERPRIOR_SAMPLES")
+    if not folder:
+        pytest.skip("HYPERPRIOR_SAMPLES is not set: it names the folder of the real ImageNet samples")
+    return Path(folder)
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def hyperprior(tmp_path: Path) -> Command:
+    """Runs the command in a fresh process, in the test's directory."""
+
+    def call(*arguments: object, check: int | None = 0, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hyperprior", *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, **options)
+        if check is not None:
+            assert result.returncode == check, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result
+
+    return call
+
+
+@pytest.fixture
+def empty_config(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.yaml"
+    path.write_text("seed: 0\n")
+    return path

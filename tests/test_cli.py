@@ -1,0 +1,139 @@
+"""The command as a person meets it: quick help, one-line errors, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Command, encoded, photo, photos, tar_bytes
+
+
+def test_help_and_config_errors_do_not_import_tensorflow(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom hyperprior import cli\nsys.argv = ['hyperprior', *{arguments}]\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "loaded = [m for m in ('tensorflow', 'webdataset', 'numpy') if m in sys.modules]\nassert not loaded, loaded\n"
+    )
+    for arguments in (["--help"], ["train", "--help"], ["train", "missing.yaml"], ["config", "--schema"]):
+        subprocess.run(
+            [sys.executable, "-c", code.replace("{arguments}", repr(arguments))], check=True, capture_output=True
+        )
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "pack", "config"])
+def test_every_command_explains_itself_with_an_example(hyperprior: Command, command: str) -> None:
+    assert "Example:" in hyperprior(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train.batch_size=0"], 2, "`train.batch_size` is 0"),
+        (["data.train=[]"], 3, "data.train names no source"),
+        (["data.train=[missing.tar]"], 3, "data.train: missing.tar cannot be read: No such file"),
+        (["data.train=[notes.txt]"], 2, "notes.txt is no tar, image or directory"),
+        (["data.train=['pipe:cat flat.tar']"], 2, "would run a shell command; set data.allow_pipe=true"),
+        (["data.train=[cut.tar]"], 3, "cut.tar is damaged"),
+        (["data.train=[text.tar]"], 3, "holds no image"),
+        (["train.batch_size=64"], 3, "24 images but train.batch_size is 64"),
+        (["distribute.cpu_devices=3"], 2, "train.batch_size is 4; it must be divisible by 3 replicas (3 and 6 are)"),
+        (
+            ["data.eval_crop=256", "data.val=[flat.tar]", "train.steps=1", "train.validate_every=1"],
+            3,
+            "lower data.eval_crop (256)",
+        ),
+        (["--run", "notes.txt"], 2, "notes.txt cannot be used"),
+    ],
+)
+def test_an_error_is_one_line_with_its_exit_code(
+    hyperprior: Command,
+    tmp_path: Path,
+    empty_config: Path,
+    flat_tar: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "cut.tar").write_bytes(flat_tar.read_bytes()[:20000])
+    (tmp_path / "text.tar").write_bytes(tar_bytes([("a.txt", b"hello")]))
+    run = [] if "--run" in arguments else ["--run", "r"]
+    result = hyperprior("train", empty_config, *TINY, f"data.train=[{flat_tar}]", *arguments, *run, check=code)
+    assert message in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(hyperprior: Command, empty_config: Path) -> None:
+    assert "Traceback" in hyperprior("--debug", "train", empty_config, check=1).stderr
+
+
+def test_config_prints_what_a_run_would_use(hyperprior: Command, empty_config: Path, tmp_path: Path) -> None:
+    output = hyperprior("config", empty_config, "loss.lambda=0.025").stdout
+    (tmp_path / "printed.yaml").write_text(output)
+    assert hyperprior("config", "printed.yaml").stdout == output
+    assert "lambda: 0.025" in output
+    assert json.loads(hyperprior("config", "--schema").stdout)["additionalProperties"] is False
+
+
+def test_inspect_names_everything_unusable(hyperprior: Command, tmp_path: Path) -> None:
+    members = photos(5)
+    members[2] = ("broken.jpg", members[2][1][:500])
+    members += [("small.PNG", encoded(photo(1, 30, 20), "PNG")), ("notes.txt", b"no image"), ("text.bmp", b"hello")]
+    inner = tar_bytes(members)
+    (tmp_path / "t.tar").write_bytes(tar_bytes([("good.tar", inner), ("also.tar", tar_bytes(photos(3)))]))
+    output = hyperprior("inspect", "t.tar", "--patch-size", "64").stdout
+    assert "t.tar//good.tar: broken: a corrupt or truncated JPEG" in output
+    assert "t.tar//good.tar: text: no PNG, BMP, TIFF or JPEG" in output
+    report = json.loads(hyperprior("inspect", "t.tar", "--patch-size", "64", "--json").stdout)
+    assert (report["shards"], report["images"], report["smaller_than_patch"]) == (2, 10, 1)
+    assert report["formats"] == {"JPEG": 7, "PNG": 1, "unusable": 1} or report["formats"]["JPEG"] >= 7
+    assert (report["shortest_side"], report["longest_side"]) == (20, 96)
+    damaged = inner[:1024] + b"\xa5" * 512 + inner[1536:]
+    (tmp_path / "d.tar").write_bytes(damaged)
+    result = hyperprior("inspect", "d.tar", check=3)
+    assert "1 shards" in result.stdout and "d.tar is damaged" in result.stdout
+
+
+def test_pack_writes_even_shards_that_webdataset_reads(hyperprior: Command, tmp_path: Path, nested_tar: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    for name, image in (("a.b.png", photo(50, 300, 200)), ("a_b.jpg", photo(51)), ("ü" * 120 + ".bmp", photo(52))):
+        image.save(tmp_path / "dir" / name)
+    (tmp_path / "dir" / "bad.jpg").write_bytes(b"\xff\xd8\xff")
+    result = hyperprior("pack", nested_tar, "dir", "--out", "out", "--images-per-shard", "10", "--max-side", "150")
+    assert "24 images in 3 shards below out, 1 left out" in result.stdout and "bad" in result.stderr
+    import webdataset
+
+    shards = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    found = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert len(found) == 24 == len({s["__key__"] for s in found})
+    kept = {s["__key__"]: s for s in found}
+    assert kept["n0_000"]["jpg"] == photos(1)[0][1]  # bytes that need no change are kept
+    with tarfile.open(shards[2]) as tar:
+        assert len(tar.getmembers()) == 4
+    from hyperprior import images
+
+    assert images.decode(kept["a_b"]["png"]).shape == (100, 150, 3)
+
+
+def test_pack_goes_on_where_it_stopped_and_refuses_another_plan(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path
+) -> None:
+    arguments = ["pack", flat_tar, "--out", "out", "--images-per-shard", "5"]
+    hyperprior(*arguments)
+    shards = sorted((tmp_path / "out").glob("*.tar"))
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards}
+    shards[3].unlink()
+    (tmp_path / "out" / "shards-000003.tar.tmp").write_bytes(b"half a shard")
+    hyperprior(*arguments)
+    after = {
+        path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").glob("*.tar"))
+    }
+    assert {name: data for name, (data, _) in before.items()} == {name: data for name, (data, _) in after.items()}
+    assert before["shards-000000.tar"] == after["shards-000000.tar"]  # not written again
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    error = hyperprior("pack", flat_tar, "--out", "out", "--images-per-shard", "6", check=2).stderr
+    assert "holds shards of other sources or options" in error

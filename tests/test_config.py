@@ -1,0 +1,135 @@
+"""The config says what is wrong before anything starts, and never means something else than it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hyperprior.config import Config, differences, load_config, render, schema
+from hyperprior.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_keys_fixed_by_the_documentation_are_read(tmp_path: Path) -> None:
+    c = load_config(
+        write(
+            tmp_path,
+            """
+seed: 3
+data:
+  train: [/data/ILSVRC2012_img_train.tar]
+  val: [/data/ILSVRC2012_img_val.tar]
+  test: []
+  patch_size: 256
+  patches_per_image: 1
+model: {num_filters: 128, latent_channels: 192, hyper_channels: 128, num_scales: 64, scale_min: 0.11, scale_max: 256}
+loss: {lambda: 0.013, metric: mse}
+train: {batch_size: 16, steps: 2000000, learning_rate: 1.0e-4}
+""",
+        ),
+        [],
+    )
+    assert (c.seed, c.loss.lmbda, c.train.steps, c.train.epochs) == (3, 0.013, 2_000_000, None)
+    assert c.data.splits() == (0.0, 0.0)  # a validation source is given, so nothing is taken from train
+
+
+def test_yaml_means_what_people_mean(tmp_path: Path) -> None:
+    c = load_config(write(tmp_path, "train: {learning_rate: 1e-4, steps: 2e6}\n"), [])
+    assert c.train.learning_rate == 1e-4 and c.train.steps == 2_000_000
+    c = load_config(write(tmp_path, "data: {allow_pipe: off, train: [on, no, 2026-01-01]}\ntrain: {xla: true}\n"), [])
+    assert (c.data.allow_pipe, c.train.xla, c.data.train) == (False, True, ["on", "no", "2026-01-01"])
+    with pytest.raises(ConfigError, match='`loss.lambda` is "off"'):
+        load_config(write(tmp_path, "loss: {lambda: off}\n"), [])
+
+
+def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`seed` stands on line 1 and again on line 3"):
+        load_config(write(tmp_path, "seed: 1\nloss: {}\nseed: 2\n"), [])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batchsize=3", "unknown key `train.batchsize`; did you mean `train.batch_size`"),
+        ("trian.steps=3", "unknown key `trian`; did you mean `train`"),
+        ("train.batch_size=x", '`train.batch_size` is "x"'),
+        ("train.batch_size=0", "`train.batch_size` is 0: input should be greater than or equal to 1"),
+        ("data.patch_size=100", "patch_size is 100; it must be a multiple of 64 (64 and 128 are)"),
+        ("data.eval_crop=100", "eval_crop is 100; it must be a multiple of 64 (64 and 128 are)"),
+        ("train.validate_every=sometimes", "an interval is a number of steps, or text such as"),
+        ("loss.metric=ssim", "input should be 'mse' or 'ms-ssim'"),
+        ("loss.lambda=-1", "`loss.lambda` is -1: input should be greater than 0"),
+        ("train.steps", "`train.steps` is not an override"),
+        ("seed.x=1", "`seed` is not a section"),
+        ("model.scale_max=0.1", "scale_max is 0.1; it must exceed scale_min (0.11)"),
+        ("data.val_split=0.99", "val_split + test_split is 1.09; nothing is left"),
+        ("train.schedule=steps", "decay_steps is empty"),
+        ("train=[1", "not valid YAML"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, "seed: 1\n"), [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ms_ssim_refuses_patches_it_cannot_measure() -> None:
+    with pytest.raises(ConfigError, match="patch_size is 128.*161"):
+        load_config(None, ["loss.metric=ms-ssim", "data.patch_size=128"])
+    load_config(None, ["loss.metric=ms-ssim", "data.patch_size=192"])
+
+
+def test_length_is_steps_or_epochs_and_the_override_wins(tmp_path: Path) -> None:
+    assert load_config(None, []).train.epochs == 100
+    path = write(tmp_path, "train: {epochs: 3}\n")
+    assert load_config(path, ["train.steps=10"]).train.epochs is None
+    with pytest.raises(ConfigError, match="both set"):
+        load_config(write(tmp_path, "train: {epochs: 3, steps: 5}\n"), [])
+
+
+@pytest.mark.parametrize("value", ["7", "'7 steps'", "1 step"])
+def test_intervals_in_steps(value: str) -> None:
+    assert load_config(None, [f"train.validate_every={value}"]).train.validate_every in (1, 7)
+
+
+def test_what_is_printed_reads_back_as_the_same_config(tmp_path: Path) -> None:
+    c = load_config(None, ["data.train=[a b.tar, 'ü:{0..3}.tar']", "train.checkpoint_every=2 epochs", "train.ema=0.99"])
+    text = render(c)
+    assert load_config(write(tmp_path, text), []) == c
+    # every key is explained
+    assert all("#" in line for line in text.splitlines() if line.strip())
+
+
+def test_the_schema_knows_every_key() -> None:
+    tree = schema()
+    assert set(tree["properties"]) == set(Config.model_fields)
+    assert "lambda" in json.dumps(tree["$defs"]["Loss"]["properties"])
+
+
+def test_differences_tell_what_may_change() -> None:
+    rows = list(differences(load_config(None, []), load_config(None, ["train.steps=5", "loss.lambda=1", "seed=1"])))
+    assert {(key, may) for key, _, _, may in rows} == {
+        ("train.steps", True),
+        ("train.epochs", True),
+        ("loss.lambda", False),
+        ("seed", False),
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid_and_open_with_their_command(path: Path) -> None:
+    load_config(path, [])
+    head = path.read_text().split("seed:")[0]
+    assert all(line.startswith("#") for line in head.strip().splitlines())
+    assert "hyperprior train" in head or "./launch/" in head
+    assert "easured" in head

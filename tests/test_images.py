@@ -1,0 +1,126 @@
+"""What an image file means: every kind becomes 8-bit RGB, and a defective one says so."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encoded, photo
+from PIL import Image
+
+from hyperprior import images
+from hyperprior.images import TooSmall, Unusable, centre_crop, cut_patches, decode, jpeg_size
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_lossless_formats_give_their_pixels(kind: str) -> None:
+    assert np.array_equal(decode(encoded(photo(1), kind)), pixels(photo(1)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}, {"optimize": True}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_decode_as_pillow_does(mode: str, options: dict[str, object]) -> None:
+    data = encoded(photo(2).convert(mode), "JPEG", **options)
+    expected = pixels(Image.open(io.BytesIO(data)))
+    assert np.array_equal(decode(data), expected)
+    # The fused crop may interpolate chroma differently in the outermost columns of the window.
+    patch = cut_patches(data, 64, [(5, 7)])[0]
+    assert np.abs(patch[:, 2:-2].astype(int) - expected[5:69, 9:69].astype(int)).max() <= 1
+
+
+def test_grayscale_palette_and_one_bit_become_rgb() -> None:
+    gray = photo(3).convert("L")
+    for image in (gray, photo(3).convert("P"), gray.convert("1"), photo(3).convert("CMYK")):
+        kind = "TIFF" if image.mode == "CMYK" else "PNG"
+        assert np.array_equal(decode(encoded(image, kind)), pixels(image)), image.mode
+
+
+def test_sixteen_bits_are_scaled_to_eight() -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for kind in ("PNG", "TIFF"):
+        found = decode(encoded(Image.fromarray(ramp), kind))
+        assert np.array_equal(found[..., 0], np.floor(ramp / 65535 * 255 + 0.5).astype(np.uint8)), kind
+        assert np.array_equal(found[..., 0], found[..., 2])
+
+
+def test_transparency_is_flattened_onto_white() -> None:
+    image = photo(4).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    found = decode(encoded(image, "PNG"))
+    assert (found[0] > 250).all()  # wholly transparent at the top
+    assert np.abs(found[-1].astype(int) - pixels(photo(4))[-1].astype(int)).max() <= 1
+    palette = photo(4).convert("P")
+    data = encoded(palette, "PNG", transparency=int(np.asarray(palette)[0, 0]))
+    assert (decode(data)[0, 0] == 255).all()
+
+
+def test_a_patch_is_that_part_of_the_image_and_places_wrap() -> None:
+    data = encoded(photo(5), "PNG")
+    whole = pixels(photo(5))
+    patches = cut_patches(data, 64, [(0, 0), (16, 32), (17, 33), (10**9, 10**9)])
+    assert patches.shape == (4, 64, 64, 3)
+    assert np.array_equal(patches[1], whole[16:, 32:])
+    assert np.array_equal(patches[2], whole[:64, :64])  # 17 and 33 positions: one more starts over
+
+
+def test_the_centre_crop_is_in_the_middle() -> None:
+    assert np.array_equal(centre_crop(encoded(photo(6), "PNG"), 64), pixels(photo(6))[8:72, 16:80])
+
+
+def test_small_images_are_too_small_or_enlarged() -> None:
+    for kind in ("PNG", "JPEG"):
+        data = encoded(photo(7, 50, 90), kind)
+        with pytest.raises(TooSmall, match="50x90 is smaller than 64x64"):
+            cut_patches(data, 64, [(0, 0)])
+        assert cut_patches(data, 64, [(3, 3)], upscale=True).shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize("places", [1, 2])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF"])
+def test_a_truncated_file_is_unusable_wherever_the_patch_lies(kind: str, places: int, share: float) -> None:
+    data = encoded(photo(8, 300, 300), kind)
+    with pytest.raises(Unusable):
+        cut_patches(data[: int(len(data) * share)], 64, [(0, 0)] * places)
+
+
+def test_a_jpeg_with_bytes_after_its_end_is_good() -> None:
+    data = encoded(photo(9))
+    for tail in (b"\0" * 100, b"camera maker's notes"):
+        assert np.array_equal(cut_patches(data + tail, 64, [(1, 1)]), cut_patches(data, 64, [(1, 1)]))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8\xff", b"hello", b"\x89PNG\r\n\x1a\n", b"GIF89a" + b"\0" * 50, b"\xff" * 99]
+)
+def test_what_is_no_image_is_unusable(data: bytes) -> None:
+    with pytest.raises(Unusable):
+        decode(data)
+
+
+def test_absurd_dimensions_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg = bytearray(encoded(photo(1)))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(Unusable, match="65535x65535"):
+        jpeg_size(bytes(jpeg))
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(Unusable, match="96x80 pixels"):
+        decode(encoded(photo(1), "PNG"))
+
+
+def test_real_photographs_decode_as_pillow_does(samples: Path) -> None:
+    from hyperprior.shards import open_sources
+
+    (shard,) = open_sources([str(samples / "imagenet_val_sample.tar")], "x")
+    for sample in list(shard.samples())[:20]:
+        data = sample.read()
+        assert np.array_equal(decode(data), pixels(Image.open(io.BytesIO(data)))), sample.key

@@ -1,0 +1,243 @@
+"""Rate, distortion, layers, noise and optimizer against closed forms and independent implementations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_compression as tfc
+
+from hyperprior import config, model, rd, steps, transforms
+from hyperprior.optimizer import Optimizer
+
+SETTINGS = config.Model(num_filters=8, latent_channels=12, hyper_channels=6)
+
+
+def images(seed: int, *shape: int) -> tf.Tensor:
+    rough = tf.random.stateless_uniform((shape[0], 8, 8, 3), [seed, 1])
+    return tf.clip_by_value(tf.image.resize(rough, shape[1:3], "bicubic"), 0.0, 1.0)
+
+
+# rd -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(161, 161), (256, 256), (177, 230)])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
+def test_ms_ssim_is_tensorflows(size: tuple[int, int], noise: float) -> None:
+    x = images(1, 2, *size)
+    y = tf.clip_by_value(x + noise * tf.random.stateless_normal(x.shape, [2, 3]), 0.0, 1.0)
+    # The filters are summed in another order; variances lose three digits to cancellation.
+    np.testing.assert_allclose(rd.ms_ssim(x, y), tf.image.ssim_multiscale(x, y, 1.0), atol=2e-5)
+
+
+def test_ms_ssim_is_tensorflows_where_terms_are_negative_and_its_gradient_is_finite() -> None:
+    x = images(1, 2, 176, 176)
+    y = tf.Variable(1.0 - x)
+    theirs = tf.image.ssim_multiscale(x, y, 1.0)
+    with tf.GradientTape() as tape:
+        ours = rd.ms_ssim(x, y)
+        loss = 1.0 - tf.reduce_mean(ours)
+    gradient = tape.gradient(loss, y)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+def test_psnr_and_lagrangian_in_closed_form() -> None:
+    x = tf.zeros((2, 64, 64, 3))
+    y = tf.constant([0.1, 0.5])[:, None, None, None] + x
+    np.testing.assert_allclose(rd.mse(x, y), [0.01, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(rd.psnr_db(rd.mse(x, y)), [20.0, -10 * math.log10(0.25)], rtol=1e-6)
+    np.testing.assert_allclose(rd.psnr_db(tf.constant(0.0)), 100.0, rtol=1e-6)
+    bpp = rd.bits_per_pixel(tf.constant([4096.0, 8192.0]), 64, 64)
+    np.testing.assert_allclose(
+        rd.lagrangian(bpp, tf.constant([0.01, 0.01]), 0.013, "mse"), 65025 * 0.00013 + bpp, rtol=1e-6
+    )
+    np.testing.assert_allclose(rd.lagrangian(bpp, tf.constant([0.01, 0.01]), 8.73, "ms-ssim"), 0.0873 + bpp, rtol=1e-6)
+
+
+# transforms -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gdn_is_its_closed_form_and_tfcs(inverse: bool) -> None:
+    x = tf.random.stateless_normal((2, 5, 7, 4), [1, 2])
+    gdn = transforms.GDN(4, inverse=inverse)
+    gamma = np.abs(np.random.RandomState(0).normal(size=(4, 4))).astype(np.float32)
+    beta = np.array([0.5, 1.0, 2.0, 3.0], np.float32)
+    gdn.beta, gdn.gamma = tfc.GDNParameter(beta, minimum=1e-6), tfc.GDNParameter(gamma)
+    norm = np.sqrt(beta + np.square(x) @ gamma)
+    np.testing.assert_allclose(gdn(x), x * norm if inverse else x / norm, rtol=1e-5)
+    theirs = tfc.GDN(
+        inverse=inverse, alpha_parameter=2, epsilon_parameter=0.5, beta_parameter=gdn.beta, gamma_parameter=gdn.gamma
+    )
+    np.testing.assert_allclose(gdn(x), theirs(x), rtol=1e-5)
+
+
+def test_the_transforms_have_the_papers_shapes() -> None:
+    m = model.ScaleHyperprior(SETTINGS)
+    x = images(1, 2, 128, 192)
+    y = m.g_a(x)
+    z = m.h_a(tf.abs(y))
+    assert ((8, 12, 12), (2, 3, 6)) == m.latent_shapes(128, 192) == (tuple(y.shape[1:]), tuple(z.shape[1:]))
+    assert m.h_s(z).shape == y.shape and m.g_s(y).shape == x.shape
+
+
+def test_low_precision_stays_inside_the_transforms() -> None:
+    m = model.ScaleHyperprior(SETTINGS, "bfloat16")
+    x = images(1, 1, 64, 64)
+    shape_y, shape_z = m.latent_shapes(64, 64)
+    out = m.train(x, tf.fill((1, *shape_y), 0.25), tf.fill((1, *shape_z), 0.25))
+    assert {t.dtype for t in out} == {tf.float32}
+    # In bfloat16 200 + 0.3 is 200; a latent must keep its noise.
+    gdn = transforms.GDN(2)
+    assert gdn(tf.ones((1, 1, 1, 2), tf.bfloat16)).dtype == tf.bfloat16
+    assert not np.array_equal(m.g_a(x), tf.cast(tf.cast(m.g_a(x) + 0.001, tf.bfloat16), tf.float32))
+
+
+def test_names_of_variables_are_stable_and_complete() -> None:
+    m = model.ScaleHyperprior(SETTINGS)
+    names = m.named_variables()
+    assert len(names) == len({id(v) for v in names.values()}) == len(m.trainable_variables)
+    assert {"g_a/0/kernel", "g_s/1/gamma", "h_s/2/bias", "prior/matrix_0"} <= set(names)
+
+
+# entropy --------------------------------------------------------------------------------------------------
+
+
+def test_bits_of_y_are_those_of_a_gaussian_over_each_bin() -> None:
+    m = model.ScaleHyperprior(SETTINGS)
+    y = np.array([0.0, 1.0, -3.0, 7.0])
+    scale = np.array([0.11, 1.0, 2.0, 256.0])
+
+    def cdf(v: float) -> float:
+        return 0.5 * math.erfc(-v / math.sqrt(2))
+
+    expected = sum(-math.log2(cdf((v + 0.5) / s) - cdf((v - 0.5) / s)) for v, s in zip(y, scale))
+    scales = m.scales(tf.constant(np.log(scale), tf.float32))
+    prior = tfc.NoisyNormal(loc=0.0, scale=tf.reshape(scales, (1, 1, 1, 4)))
+    found = model.bits(prior, tf.reshape(tf.constant(y, tf.float32), (1, 1, 1, 4)))
+    np.testing.assert_allclose(found, [expected], rtol=1e-4)
+
+
+def test_scales_stay_in_the_table_and_can_return() -> None:
+    m = model.ScaleHyperprior(SETTINGS)
+    low = tf.Variable([-10.0, 0.0, 10.0])
+    with tf.GradientTape() as tape:
+        scales = m.scales(low)
+        loss = -tf.reduce_sum(scales * [1.0, 0.0, -1.0])  # pulls the first up, the last down
+    np.testing.assert_allclose(scales, [0.11, 1.0, 256.0], rtol=1e-5)
+    gradient = tape.gradient(loss, low)
+    assert gradient[0] < 0 < gradient[2]
+
+
+def test_noise_is_uniform_and_belongs_to_seed_step_and_lane_alone() -> None:
+    def noise(seed: int, step: int, lanes: list[int]) -> np.ndarray:
+        return model.uniform_noise((4, 4, 12), seed, tf.constant(step, tf.int64), tf.constant(lanes, tf.int64)).numpy()
+
+    whole = noise(5, 100, [0, 1, 2, 3])
+    assert np.array_equal(whole[2:], noise(5, 100, [2, 3]))
+    others = [noise(6, 100, [0])[0], noise(5, 101, [0])[0], whole[1]]
+    assert all(not np.array_equal(whole[0], other) for other in others)
+    many = noise(1, 1, list(range(200)))
+    # 38,400 draws: the mean's standard deviation is 0.0015, the variance's 0.0004.
+    assert abs(many.mean()) < 0.006 and abs(many.var() - 1 / 12) < 0.002 and many.min() >= -0.5 and many.max() < 0.5
+
+
+def test_training_bits_bound_rounded_bits_on_average() -> None:
+    m = model.ScaleHyperprior(SETTINGS)
+    m.g_a.layers[-1].kernel.assign(m.g_a.layers[-1].kernel * 30.0)  # latents that span several integers
+    x = images(3, 4, 128, 128)
+    shape_y, shape_z = m.latent_shapes(128, 128)
+    noisy = [
+        m.train(
+            x,
+            model.uniform_noise(shape_y, 1, tf.constant(s, tf.int64), tf.range(4, dtype=tf.int64)),
+            model.uniform_noise(shape_z, 2, tf.constant(s, tf.int64), tf.range(4, dtype=tf.int64)),
+        )
+        for s in range(5)
+    ]
+    mean = np.mean([tf.reduce_sum(o.bits_y + o.bits_z) for o in noisy])
+    rounded = m.round(x, m.z_offset())
+    # Noise is what rounding looks like on average: both estimate the same rate.
+    assert float(tf.reduce_sum(rounded.bits_y + rounded.bits_z)) == pytest.approx(mean, rel=0.1)
+
+
+def test_any_size_is_padded_and_cropped_back() -> None:
+    m = model.ScaleHyperprior(SETTINGS)
+    for height, width in ((1, 1), (64, 65), (100, 30)):
+        x_hat, _ = steps.reconstruct(m, images(1, 1, height, width), m.z_offset())
+        assert x_hat.shape == (1, height, width, 3)
+        assert np.array_equal(np.round(x_hat * 255), (x_hat * 255).numpy().round(3))
+    padded = steps.pad(images(2, 1, 70, 64))
+    assert padded.shape == (1, 128, 64, 3) and np.array_equal(padded[0, 69], padded[0, 127])
+
+
+# optimizer ------------------------------------------------------------------------------------------------
+
+
+def make(total: int = 100, **options: object) -> tuple[tf.Variable, Optimizer]:
+    tree = {"train": {"steps": total, "learning_rate": 0.1, **options}}
+    variable = tf.Variable([1.0, -2.0, 3.0])
+    return variable, Optimizer({"w": variable}, config.validate(tree, "test").train, total)
+
+
+def test_adam_is_keras_adam() -> None:
+    variable, optimizer = make()
+    other = tf.Variable([1.0, -2.0, 3.0])
+    keras = tf.keras.optimizers.Adam(0.1, epsilon=1e-8)
+    for step in range(20):
+        gradient = tf.constant(np.random.RandomState(step).normal(size=3), tf.float32)
+        optimizer.apply([gradient], tf.constant(True), tf.constant(step))
+        keras.apply_gradients([(gradient, other)])
+    # 1 − 0.999 has a relative error of 6e-5 in float32, and each side takes its powers in its own way.
+    np.testing.assert_allclose(variable, other, rtol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    variable, optimizer = make(ema=0.9)
+    optimizer.apply([tf.ones(3)], tf.constant(True), tf.constant(0))
+    before = {name: v.numpy() for name, v in optimizer.named_variables().items()}
+    weights = variable.numpy()
+    optimizer.apply([tf.constant([1.0, math.nan, 1.0])], tf.constant(False), tf.constant(1))
+    assert np.array_equal(weights, variable)
+    assert all(np.array_equal(before[name], v) for name, v in optimizer.named_variables().items())
+
+
+def test_learning_rate_schedules() -> None:
+    def rates(**options: object) -> list[float]:
+        optimizer = make(**options)[1]
+        return [float(optimizer.learning_rate(tf.constant(s))) for s in (0, 9, 50, 99, 100)]
+
+    assert rates() == pytest.approx([0.1] * 5)
+    assert rates(warmup_steps=10)[:3] == pytest.approx([0.01, 0.1, 0.1])
+    cosine = rates(schedule="cosine", final_learning_rate=0.01)
+    assert (cosine[0], cosine[2], cosine[4]) == pytest.approx((0.1, 0.055, 0.01))
+    assert rates(schedule="steps", decay_steps=[50, 99], decay_factor=0.5)[1:] == pytest.approx(
+        [0.1, 0.05, 0.025, 0.025]
+    )
+
+
+def test_the_average_follows_the_weights_and_is_given_back() -> None:
+    variable, optimizer = make(ema=0.5)
+    expected = variable.numpy()
+    for step in range(12):
+        optimizer.apply([tf.ones(3)], tf.constant(True), tf.constant(step))
+        decay = min(0.5, (step + 1) / (step + 10))
+        expected = variable.numpy() + decay * (expected - variable.numpy())
+    own = variable.numpy()
+    with optimizer.averaged_weights():
+        np.testing.assert_allclose(variable, expected, rtol=1e-6)
+        assert not np.array_equal(variable, own)
+    assert np.array_equal(variable, own)
+
+
+def test_the_loss_scale_halves_on_overflow_and_grows_back() -> None:
+    variable, optimizer = make(precision="mixed_float16")
+    start = float(optimizer.loss_scale)
+    optimizer.apply([tf.ones(3)], tf.constant(False), tf.constant(0))
+    assert float(optimizer.loss_scale) == start / 2 and int(optimizer.updates) == 0
+    optimizer.good_steps.assign(1999)
+    optimizer.apply([tf.ones(3)], tf.constant(True), tf.constant(0))
+    assert float(optimizer.loss_scale) == start

@@ -1,0 +1,365 @@
+"""Whole runs in processes of their own: exact resumption, distribution, stopping, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, Command, encoded, photo, photos, tar_bytes
+
+from hyperprior import checkpoint
+
+Checkpoint = tuple[dict[str, np.ndarray], dict[str, object]]
+
+
+def newest(run: Path) -> Checkpoint:
+    found = checkpoint.load_newest(run / "checkpoints", print)
+    assert found
+    return found
+
+
+def lines(run: Path, kind: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def start(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "hyperprior", "train", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+
+
+def wait_for(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(2400):
+        if (run / "metrics.jsonl").exists() and len(lines(run, "train")) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("the run is not getting on")
+
+
+def test_stopping_and_resuming_leaves_no_trace(
+    hyperprior: Command, tmp_path: Path, nested_tar: Path, empty_config: Path
+) -> None:
+    arguments = [
+        empty_config,
+        *TINY,
+        f"data.train=[{nested_tar}]",
+        "train.steps=20",
+        "train.checkpoint_every=20",
+        "train.ema=0.9",
+        "train.schedule=cosine",
+        f"data.val=[{nested_tar}]",
+        "train.validate_every=5",
+        "data.patches_per_image=2",
+    ]
+    hyperprior("train", *arguments, "--run", "straight")
+    process = start(tmp_path, *arguments, "--run", "stopped")
+    wait_for(tmp_path / "stopped", 7, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "start the same command again" in output
+    middle = newest(tmp_path / "stopped")[1]["run"]["step"]  # type: ignore[index]
+    assert 7 <= middle < 20
+    hyperprior("train", *arguments, "--run", "stopped")
+
+    (a, state_a), (b, state_b) = newest(tmp_path / "straight"), newest(tmp_path / "stopped")
+    assert a.keys() == b.keys() and any(name.startswith("optimizer/adam_v") for name in a)
+    different = [name for name in a if a[name].tobytes() != b[name].tobytes()]
+    assert not different
+    assert state_a == state_b
+    # The whole story reads the same: metrics of each step, but for the speed.
+    for kind in ("train", "val"):
+        rows = [
+            [
+                {k: v for k, v in row.items() if k not in ("images_per_s", "input_wait")}
+                for row in lines(tmp_path / run, kind)
+            ]
+            for run in ("straight", "stopped")
+        ]
+        assert rows[0] == rows[1] and rows[0]
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("straight", "stopped")]
+    assert results[0] == results[1]
+
+
+def test_two_devices_train_like_one(hyperprior: Command, tmp_path: Path, nested_tar: Path, empty_config: Path) -> None:
+    arguments = [
+        empty_config,
+        *TINY,
+        f"data.train=[{nested_tar}]",
+        "train.steps=4",
+        "train.learning_rate=1e-4",
+        f"data.val=[{nested_tar}]",
+        "train.validate_every=4",
+        "train.clip_norm=null",
+    ]
+    hyperprior("train", *arguments, "--run", "one")
+    hyperprior("train", *arguments, "distribute.cpu_devices=2", "--run", "two")
+    (a, state_a), (b, state_b) = newest(tmp_path / "one"), newest(tmp_path / "two")
+    assert state_a["run"]["cursors"] == state_b["run"]["cursors"]  # type: ignore[index]
+    for name in a:
+        if "adam_m" in name:  # linear in the gradients: float sums in another order, nothing else
+            assert np.abs(a[name] - b[name]).max() <= 1e-4 * np.abs(a[name]).max() + 1e-7, name
+        if name.startswith("model/"):  # Adam can turn the rounding of a tiny gradient into a step of its own
+            assert np.abs(a[name] - b[name]).max() <= 2 * 4 * 1e-4, name
+            assert np.abs(a[name] - b[name]).mean() <= 2e-6 + 1e-4 * np.abs(a[name]).mean(), name
+    for row_a, row_b in zip(lines(tmp_path / "one", "train"), lines(tmp_path / "two", "train")):
+        assert row_a["loss"] == pytest.approx(row_b["loss"], rel=1e-4)
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two")]
+    assert results[0]["images"] == results[1]["images"] == 21
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-3)
+
+
+def test_two_workers_train_like_one_stop_together_and_continue_as_one(
+    hyperprior: Command, tmp_path: Path, nested_tar: Path, empty_config: Path
+) -> None:
+    import socket
+
+    def pair(*arguments: object) -> list[subprocess.Popen[str]]:
+        ports = []
+        for _ in range(2):
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                ports.append(f"127.0.0.1:{s.getsockname()[1]}")
+        command = [sys.executable, "-m", "hyperprior", "train", *map(str, arguments)]
+        workers = []
+        for index in range(2):
+            place = {"cluster": {"worker": ports}, "task": {"type": "worker", "index": index}}
+            env = {**os.environ, "TF_CONFIG": json.dumps(place)}
+            workers.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=env
+                )
+            )
+        return workers
+
+    arguments = [
+        empty_config,
+        *TINY,
+        f"data.train=[{nested_tar}]",
+        "train.steps=12",
+        "train.learning_rate=1e-4",
+        f"data.val=[{nested_tar}]",
+        "train.validate_every=12",
+    ]
+    hyperprior("train", *arguments, "--run", "one")
+    workers = pair(*arguments, "--run", "two")
+    wait_for(tmp_path / "two", 4, workers[0])
+    workers[1].send_signal(signal.SIGTERM)  # not the chief
+    outputs = [w.communicate(timeout=120)[0] for w in workers]
+    assert [w.returncode for w in workers] == [75, 75], outputs
+    hyperprior("train", *arguments, "--run", "two")
+    states = [newest(tmp_path / run)[1]["run"] for run in ("one", "two")]
+    assert states[0]["cursors"] == states[1]["cursors"]  # type: ignore[index]
+    for row_a, row_b in zip(lines(tmp_path / "one", "train"), lines(tmp_path / "two", "train")):
+        assert row_a["step"] == row_b["step"] and row_a["loss"] == pytest.approx(row_b["loss"], rel=2e-3)
+    assert lines(tmp_path / "two", "val")[0]["images"] == 21
+
+
+def test_divergence_is_caught_before_the_weights(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [empty_config, *TINY, f"data.train=[{flat_tar}]", "train.checkpoint_every=1", "--run", "r"]
+    hyperprior("train", *arguments, "train.steps=3")
+    before = newest(tmp_path / "r")
+    result = hyperprior("train", *arguments, "train.steps=50", "train.learning_rate=1e30", check=4)
+    assert len(result.stderr.splitlines()) == 1
+    assert "not finite at step 4" in result.stderr and "flat.tar: p0" in result.stderr
+    # Step 3 to 4 made the weights absurd but finite; nothing after it was kept.
+    arrays, state = newest(tmp_path / "r")
+    assert state["run"]["step"] == 4 and all(np.isfinite(v).all() for v in arrays.values())  # type: ignore[index]
+    assert before[1]["run"]["step"] == 3  # type: ignore[index]
+
+
+def test_a_run_leaves_what_the_documentation_says(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [
+        "train",
+        empty_config,
+        *TINY,
+        f"data.train=[{flat_tar}]",
+        "data.val_split=0.2",
+        "data.test_split=0.2",
+        "train.steps=10",
+        "train.validate_every=4",
+        "train.checkpoint_every=2",
+        "train.keep_checkpoints=2",
+        "summaries.scalars_every=5",
+        "summaries.images_every=5",
+        "summaries.num_images=2",
+        "--run",
+        "r",
+    ]
+    output = hyperprior(*arguments).stdout
+    run = tmp_path / "r"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "best.npz",
+        "step-000000008.npz",
+        "step-000000010.npz",
+    ]
+    result = json.loads((run / "results.json").read_text())
+    assert {"loss", "bpp", "distortion", "psnr_db", "ms_ssim", "images", "step"} <= result.keys() | {"ms_ssim"}
+    assert result["split"] == "test" and result["loss"] == pytest.approx(
+        result["bpp"] + 0.013 * 65025 * result["distortion"], rel=1e-5
+    )
+    assert f"PSNR {result['psnr_db']:.2f} dB" in output and "tensorboard --logdir r" in output
+    assert "10/10  loss" in output  # plain lines where there is no terminal
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    found = {}
+    for split in ("train", "val"):
+        events = EventAccumulator(str(run / split), size_guidance={"tensors": 0})
+        events.Reload()
+        found[split] = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
+    common = {"rd/loss", "rd/bpp", "rd/distortion", "rate/y", "rate/z", "quality/psnr_db"}
+    assert (
+        common
+        | {
+            "optim/learning_rate",
+            "optim/gradient_norm",
+            "speed/images_per_s",
+            "speed/input_wait",
+            "data/skipped",
+            "config",
+        }
+        <= found["train"].keys()
+    )
+    assert common | {"reconstruction/0", "reconstruction/1", "scales/log2"} <= found["val"].keys()
+    assert [e.step for e in found["train"]["rd/loss"]] == [5, 10]
+    for row, event in zip(lines(run, "train"), found["train"]["rd/loss"]):
+        assert make_ndarray(event.tensor_proto) == pytest.approx(row["loss"], rel=1e-6)
+    width, height, png = found["val"]["reconstruction/0"][0].tensor_proto.string_val
+    assert png[1:4] == b"PNG" and (int(width), int(height)) == (132, 82)
+    assert b"num_filters: 8" in found["train"]["config"][0].tensor_proto.string_val[0]
+
+    again = hyperprior(*arguments).stdout
+    assert "r is done: 10 steps" in again
+    assert json.loads((run / "results.json").read_text()) == result
+
+
+def test_what_may_not_change_is_refused_and_what_may_is_said(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = ["train", empty_config, *TINY, f"data.train=[{flat_tar}]", "train.steps=2", "--run", "r"]
+    hyperprior(*arguments)
+    for override, message in (
+        ("model.num_filters=9", "model.num_filters was 8 and is now 9"),
+        ("train.batch_size=8", "train.batch_size was 4 and is now 8"),
+        ("loss.lambda=1", "loss.lambda was 0.013 and is now 1.0"),
+    ):
+        error = hyperprior(*arguments, override, check=2).stderr
+        assert message in error and "choose another --run" in error and len(error.splitlines()) == 1
+    (tmp_path / "other.tar").write_bytes(tar_bytes(photos(30)))
+    assert "on other data" in hyperprior(*arguments, f"data.train=[{tmp_path / 'other.tar'}]", check=2).stderr
+    moved = tmp_path / "elsewhere" / "flat.tar"
+    moved.parent.mkdir()
+    flat_tar.rename(moved)
+    (tmp_path / "r").rename(tmp_path / "elsewhere" / "r")
+    arguments[-1] = "elsewhere/r"
+    output = hyperprior(*arguments, f"data.train=[{moved}]", "train.steps=4").stdout
+    assert "train.steps: 2 → 4 from here on" in output and "resumed at step 2" in output
+
+
+def test_early_stopping_restores_the_best_weights(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [
+        "train",
+        empty_config,
+        *TINY,
+        f"data.train=[{flat_tar}]",
+        f"data.val=[{flat_tar}]",
+        "train.steps=200",
+        "train.validate_every=2",
+        "train.learning_rate=0.3",
+        "train.early_stopping_patience=3",
+        "--run",
+        "r",
+    ]
+    hyperprior(*arguments)
+    losses = [row["loss"] for row in lines(tmp_path / "r", "val")]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 4 < 100
+    result = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert result["split"] == "val" and result["step"] == 2 * (best + 1)
+    assert result["loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert "is done" in hyperprior(*arguments).stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train.precision=mixed_bfloat16"],
+        ["train.xla=true"],
+        ["loss.metric=ms-ssim", "loss.lambda=8.73", "data.patch_size=192", "data.eval_crop=full"],
+        ["train.epochs=2", "train.validate_every=1 epoch", "data.eval_crop=full"],
+    ],
+    ids=["bfloat16", "xla", "ms-ssim", "epochs"],
+)
+def test_every_way_of_training_learns(
+    hyperprior: Command, tmp_path: Path, empty_config: Path, options: list[str]
+) -> None:
+    path = tmp_path / "t.tar"
+    path.write_bytes(tar_bytes((f"{i}.jpg", encoded(photo(i, 200 + 9 * (i % 3), 195))) for i in range(8)))
+    hyperprior(
+        "train",
+        empty_config,
+        *TINY,
+        f"data.train=[{path}]",
+        f"data.val=[{path}]",
+        "train.learning_rate=3e-3",
+        *([] if "train.epochs=2" in options else ["train.steps=6"]),
+        *options,
+        "--run",
+        "r",
+    )
+    losses = [row["loss"] for row in lines(tmp_path / "r", "train")]
+    assert len(losses) == (4 if "train.epochs=2" in options else 6)
+    assert losses[-1] < losses[0]
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["images"] == 8
+
+
+def test_too_many_bad_images_stop_the_run_and_few_do_not(
+    hyperprior: Command, tmp_path: Path, empty_config: Path
+) -> None:
+    members = photos(24)
+    for i in (3, 9):
+        members[i] = (members[i][0], members[i][1][:200])
+    (tmp_path / "t.tar").write_bytes(tar_bytes(members))
+    arguments = ["train", empty_config, *TINY, f"data.train=[{tmp_path / 't.tar'}]", "train.steps=10"]
+    result = hyperprior(*arguments, "--run", "few")
+    assert "skipped" in result.stderr and "t.tar: p003: a corrupt or truncated JPEG" in result.stderr
+    assert lines(tmp_path / "few", "train")[-1]["skipped"] >= 2
+    assert {"p003", "p009"} == {str(row["sample"])[-4:] for row in lines(tmp_path / "few", "skipped")}
+    result = hyperprior(*arguments, "data.max_bad_fraction=0.001", "--run", "many", check=3)
+    assert "of" in result.stderr and "samples are unusable, more than data.max_bad_fraction=0.001" in result.stderr
+
+
+def test_the_nested_sample_of_imagenet_trains_in_place(
+    hyperprior: Command, tmp_path: Path, samples: Path, empty_config: Path
+) -> None:
+    hyperprior(
+        "train",
+        empty_config,
+        *TINY,
+        f"data.train=[{samples / 'imagenet_train_sample.tar'}]",
+        "train.steps=30",
+        f"data.val=[{samples / 'imagenet_val_sample.tar'}]",
+        "train.validate_every=15",
+        "--run",
+        "r",
+    )
+    before, after = (row["loss"] for row in lines(tmp_path / "r", "val"))
+    assert after < before
+    images = [p for p in tmp_path.rglob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png")]
+    assert not images  # nothing was extracted
