@@ -32,11 +32,10 @@ def path_of(folder: Path, step: int) -> Path:
 def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
     """Writes a checkpoint. Raises StorageError; `path` then holds what it held before."""
 
-    def write(file: IO[bytes]) -> None:
-        text = json.dumps({"format": FORMAT, **state}).encode()
-        np.savez(file, state=np.frombuffer(text, np.uint8), **arrays)
-
-    write_whole(path, write, check=verify)
+    text = json.dumps({"format": FORMAT, "arrays": list(arrays), **state}).encode()
+    buffer = io.BytesIO()  # numpy complains later, from nowhere, about a file that fails under it
+    np.savez(buffer, state=np.frombuffer(text, np.uint8), **arrays)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()), check=verify)
 
 
 def write_whole(
@@ -84,6 +83,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         state = json.loads(arrays.pop("state").tobytes())
+        if list(arrays) != state.pop("arrays"):  # the zip's own table of contents has no checksum
+            raise ValueError("entries are missing")
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"{path} is damaged: {error}") from error
     if state.get("format") != FORMAT:

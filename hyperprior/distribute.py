@@ -73,6 +73,10 @@ class World:
             lambda context: tf.constant(parts[context.replica_id_in_sync_group % len(parts)])
         )
 
+    def place_once(self, array: np.ndarray) -> Any:
+        """`array` on the first local replica, zeros on the others: a sum over replicas counts it once."""
+        return self.place([array] + [np.zeros_like(array)] * (self.local_replicas - 1))
+
     def first(self, value: Any) -> tf.Tensor:
         """The first local replica's part of a value that is the same on all."""
         return self.strategy.experimental_local_results(value)[0]
@@ -81,8 +85,7 @@ class World:
         """The sum over workers of an integer array of the same shape on each."""
         if self.workers == 1:
             return array
-        mine = self.place([array] + [0 * array] * (self.local_replicas - 1))
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, mine, axis=None).numpy()
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, self.place_once(array), axis=None).numpy()
 
     def environment(self) -> dict[str, Any]:
         """What the bits of a training step depend on besides (config, seed, step); kept in checkpoints."""

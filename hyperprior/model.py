@@ -35,7 +35,7 @@ class Forward(NamedTuple):
 
 
 class ScaleHyperprior(tf.Module):
-    """The model. Build it inside the strategy's scope, after `tf.random.set_seed`."""
+    """The model. Build it inside the strategy's scope, after `tf.random.set_seed`, which fixes its weights."""
 
     def __init__(self, settings: config.Model, dtype: str = "float32"):
         super().__init__()

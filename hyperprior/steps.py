@@ -108,12 +108,11 @@ def make_eval_step(world: World, hyperprior: model.ScaleHyperprior, settings: Co
         height, width = tf.unstack(tf.shape(x)[1:3])
         bpp_y, bpp_z = (rd.bits_per_pixel(bits, height, width) for bits in (out.bits_y, out.bits_z))
         mse = rd.mse(x, x_hat)
-        fits = tf.minimum(height, width) >= MS_SSIM_MIN_SIDE
-        ms_ssim = tf.cond(fits, lambda: rd.ms_ssim(x, x_hat), lambda: tf.zeros_like(mse))
+        ms_ssim, fits = ms_ssim_if_large(x, x_hat)
         distortion = mse if settings.loss.metric == "mse" else 1.0 - ms_ssim
         loss = rd.lagrangian(bpp_y + bpp_z, distortion, settings.loss.lmbda, settings.loss.metric)
         ones = tf.ones_like(mse)
-        rows = [loss, bpp_y, bpp_z, distortion, rd.psnr_db(mse), ms_ssim, ones * tf.cast(fits, tf.float32), ones]
+        rows = [loss, bpp_y, bpp_z, distortion, rd.psnr_db(mse), ms_ssim, fits, ones]
         # A weight of 0 marks a padded place; multiplying would let its NaN through.
         sums = tf.reduce_sum(tf.where(weights > 0, tf.stack(rows), 0.0), axis=1)
         return tf.distribute.get_replica_context().all_reduce("SUM", tf.concat([sums, stop[None]], axis=0))
@@ -133,6 +132,18 @@ def reconstruct(
     out = hyperprior.round(pad(x), z_offset)
     x_hat = tf.clip_by_value(out.x_hat[:, :height, :width], 0.0, 1.0)
     return tf.round(x_hat * 255.0) / 255.0, out
+
+
+def ms_ssim_if_large(x: tf.Tensor, x_hat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """(MS-SSIM, 1) of images that are large enough for it, else (0, 0): [B] each."""
+    none = tf.zeros(tf.shape(x)[0]), tf.zeros(tf.shape(x)[0])
+
+    def measured() -> tuple[tf.Tensor, tf.Tensor]:
+        return rd.ms_ssim(x, x_hat), tf.ones(tf.shape(x)[0])
+
+    if x.shape[1:3].is_fully_defined():  # a branch that cannot be cannot be traced either
+        return measured() if min(x.shape[1:3]) >= MS_SSIM_MIN_SIDE else none
+    return tf.cond(tf.reduce_min(tf.shape(x)[1:3]) >= MS_SSIM_MIN_SIDE, measured, lambda: none)
 
 
 def pad(x: tf.Tensor) -> tf.Tensor:

@@ -70,6 +70,8 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
     keys: Optional[list[str]] = None
     if count or val_split or test_split or settings.max_images or len(whole) < batch_size:
         keys = all_keys(whole)
+        if not keys:
+            raise DataError(f"data.train holds no image ({', '.join(sorted(shards.IMAGE_SUFFIXES))})")
         if settings.max_images and settings.max_images < len(keys):
             limit = sorted(map(lanes.limit_hash, keys))[settings.max_images]
 
@@ -163,7 +165,7 @@ class Lane:
                 at, sample = next(self.samples)
                 self.pending.append((at, sample, self.pool.submit(self.load, at, sample)))
             at, sample, future = self.pending.popleft()
-            used += 1
+            used += self.cursor.patch == 0  # else it was counted before the stop that this lane resumes from
             try:
                 self.patches = at, sample, future.result()
                 self.last_good_epoch = at.epoch

@@ -310,8 +310,7 @@ class Trainer:
         state, world = self.state, self.world
         bad = sum(skip.bad for skip in chunk.skipped)
         told = np.array([self.stop.requested, chunk.samples, bad, len(chunk.skipped) - bad], np.float32)
-        signals = world.place([told] + [0 * told] * (world.local_replicas - 1))
-        result = self.train_steps(world.place(chunk.images), signals, tf.constant(state.step, tf.int64))
+        result = self.train_steps(world.place(chunk.images), world.place_once(told), tf.constant(state.step, tf.int64))
         done = int(result.done)
         if bool(result.diverged):
             # Nothing of the failed step reached the weights; the last checkpoint stays the newest.
@@ -403,8 +402,7 @@ class Trainer:
                 groups = [found[i : i + each] for i in range(0, len(found), each)]
                 images = world.place([np.stack([place.image for place in group]) for group in groups])
                 weights = world.place([np.array([place.weight for place in group], np.float32) for group in groups])
-                told = np.array(self.stop.requested, np.float32)
-                stop = world.place([told] + [0 * told] * (world.local_replicas - 1))
+                stop = world.place_once(np.array(self.stop.requested, np.float32))
                 sums = self.eval_step(images, weights, stop, z_offset).numpy()
                 if sums[-1] > 0:
                     return None

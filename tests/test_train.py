@@ -281,7 +281,7 @@ def test_early_stopping_restores_the_best_weights(
         f"data.val=[{flat_tar}]",
         "train.steps=200",
         "train.validate_every=2",
-        "train.learning_rate=0.3",
+        "train.learning_rate=0.01",
         "train.early_stopping_patience=3",
         "--run",
         "r",
