@@ -10,26 +10,33 @@ from typing import Annotated, Optional
 
 import typer
 
+from hyperprior import __version__
 from hyperprior.errors import HyperpriorError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="Train learned image compression with a scale hyperprior, exactly resumable.",
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of CONFIG.")
+    Optional[list[str]], typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace those of CONFIG.")
 ]
-Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Tars, directories, patterns or URLs.")]
+Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="Tars, directories, patterns or URLs.")]
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"hyperprior {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
-    """Exit codes: 0 finished, 2 bad usage or config, 3 bad data, 4 diverged, 75 start the same command again."""
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True)] = False,
+) -> None:
+    """Train learned image compression with a scale hyperprior, exactly resumable.
+
+    Exit codes: 0 finished, 2 bad usage or config, 3 bad data, 4 diverged, 75 start the same command again.
+    """
     global show_traceback
     show_traceback = debug
 
@@ -44,7 +51,7 @@ def train(
     run: Annotated[
         Optional[Path], typer.Option(help="Run directory; resumed if it holds a run. Default: runs/NAME-OF-CONFIG.")
     ] = None,
-    quiet: Annotated[bool, typer.Option(help="Only warnings and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
 ) -> None:
     """Train, or resume, a run; ends with its result on held-out images.
 
@@ -67,7 +74,9 @@ def train(
 def inspect(
     sources: Sources,
     patch_size: Annotated[int, typer.Option(help="Count images with a side below this.")] = 256,
-    allow_pipe: Annotated[bool, typer.Option(help="Allow `pipe:` sources, which run a shell command.")] = False,
+    allow_pipe: Annotated[
+        bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What sources hold: shards, images, sizes, formats, and everything unusable with its reason.
@@ -97,7 +106,9 @@ def pack_command(
         typer.Option(help="jpeg or png: re-encode every image; default: keep the bytes of images that are not scaled."),
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG re-encoding.")] = 95,
-    allow_pipe: Annotated[bool, typer.Option(help="Allow `pipe:` sources, which run a shell command.")] = False,
+    allow_pipe: Annotated[
+        bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")
+    ] = False,
 ) -> None:
     """Write even WebDataset shards from images, tars or URLs. Started again, it goes on where it stopped.
 
@@ -140,12 +151,14 @@ def keep_freed_memory() -> None:
         "MALLOC_TOP_PAD_": str(2**28),
     }
     if sys.platform == "linux" and not settings.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, "-m", "hyperprior", *sys.argv[1:]], {**os.environ, **settings})
+        again = getattr(sys, "orig_argv", ["python", "-m", "hyperprior", *sys.argv[1:]])  # since Python 3.10
+        os.execve(sys.executable, [sys.executable, *again[1:]], {**os.environ, **settings})
 
 
 def main() -> None:
     """Runs a command; an error meant for the user becomes one line and its exit code."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # TensorFlow's errors reach Python as exceptions; what else it prints at start is noise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         app()
     except HyperpriorError as error:

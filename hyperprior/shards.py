@@ -9,7 +9,6 @@ and divided by `lanes.py`.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import os
 import tarfile
@@ -43,7 +42,10 @@ class Sample(NamedTuple):
         if self.data is not None:
             return self.data
         if self.size is None:
-            return Path(self.path).read_bytes()
+            try:
+                return Path(self.path).read_bytes()
+            except OSError as error:
+                raise DataError(f"{self.path} cannot be read: {error.strerror}") from error
         return read_at(self.path, self.offset, self.size)
 
 
@@ -293,7 +295,7 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
     if path.suffix.lower() == ".tar":
         return open_tar(str(path), size)
     if is_image(path.name):
-        return [Shard("files", str(path.parent), str(path), size=size, files=(path.name,))]
+        return [Shard("files", str(path.parent), str(path), files=(path.name,))]
     raise ConfigError(
         f"{key}: {location} is no tar, image or directory; allowed are *.tar, directories, "
         f"images ({', '.join(sorted(IMAGE_SUFFIXES))}) and URLs"
@@ -306,19 +308,17 @@ def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
     def fail(error: OSError) -> None:
         raise DataError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
 
-    images, tars, size = [], [], 0
+    images, tars = [], []
     for folder, folders, files in os.walk(path, onerror=fail):
         folders.sort()
         for file in files:
-            whole = Path(folder, file)
-            if fnmatch.fnmatch(file.lower(), "*.tar"):
-                tars.append(str(whole))
+            if file.lower().endswith(".tar"):
+                tars.append(str(Path(folder, file)))
             elif is_image(file):
-                images.append(whole.relative_to(path).as_posix())
-                size += whole.stat().st_size
+                images.append(Path(folder, file).relative_to(path).as_posix())
     shards = [shard for tar in sorted(tars) for shard in open_location(tar, key, allow_pipe)]
     if images:
-        listing = Shard("files", str(path), str(path), size=size, files=tuple(sorted(images)))
+        listing = Shard("files", str(path), str(path), files=tuple(sorted(images)))
         shards += listing.split(-(-len(images) // FILES_PER_PART))
     return shards
 
@@ -345,5 +345,7 @@ def open_tar(path: str, size: int) -> list[Shard]:
 
 
 def describe_shards(shards: list[Shard]) -> list[list[Any]]:
-    """What identifies the data wherever it lies: the last part of each name, bytes and parts."""
-    return [[PurePosixPath(s.name).name, s.size, len(s.files), s.part, s.parts] for s in shards]
+    """What identifies the data wherever it lies: the last part of each name, bytes or files, and parts."""
+    return [
+        [PurePosixPath(s.name).name, s.size, len(s.files), s.files[:1] + s.files[-1:], s.part, s.parts] for s in shards
+    ]

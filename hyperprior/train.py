@@ -123,6 +123,7 @@ class Trainer:
             **{f"optimizer/{name}": v for name, v in self.optimizer.named_variables().items()},
         }
         self.state = State([Cursor()] * world.batch_size)
+        self.named: set[str] = set()  # bad samples that were reported
         if saved:
             arrays, state = saved
             checkpoint.assign(self.variables, arrays, str(self.checkpoints))
@@ -150,8 +151,7 @@ class Trainer:
         refused = []
         for key, was, now, may_change in differences(validate(saved["config"], str(self.run)), self.settings):
             if may_change:
-                if not key.startswith("data."):  # where the data lies; the fingerprint tells what it is
-                    self.terminal.say(f"{key}: {was} → {now} from here on")
+                self.terminal.say(f"{key}: {was} → {now} from here on")
             else:
                 refused.append(f"{key} was {was} and is now {now}")
         if refused:
@@ -253,9 +253,10 @@ class Trainer:
         chunks = stream.Prefetch(self.chunks())
         self.since_log: dict[str, Any] = {"time": time.perf_counter(), "wait": 0.0, "step": state.step, "sums": 0.0}
         try:
+            stopped = False
             if self.due("validate") and state.step > state.validated_step:
-                self.validate(track)  # a stop had cut it short
-            while not self.finished():
+                stopped = not self.validate(track)  # a stop had cut it short
+            while not stopped and not self.finished():
                 asked = time.perf_counter()
                 chunk = next(chunks)
                 self.since_log["wait"] += time.perf_counter() - asked
@@ -268,11 +269,11 @@ class Trainer:
                     self.pictures()
                 if stopped or self.due("checkpoint") or self.finished():
                     self.save()
-                if stopped:
-                    raise Stopped(
-                        f"stopped at step {state.step} of {self.total} with a checkpoint; start the same "
-                        f"command again to go on"
-                    )
+            if stopped:
+                raise Stopped(
+                    f"stopped at step {state.step} of {self.total} with a checkpoint; start the same "
+                    f"command again to go on"
+                )
         finally:
             chunks.close()
 
@@ -320,9 +321,10 @@ class Trainer:
                 f"{', '.join(chunk.keys[done])}. Lower train.learning_rate, or look at these images"
             )
         for skip in chunk.skipped:
-            if skip.bad:
+            if skip.bad and skip.sample not in self.named:
+                self.named.add(skip.sample)
                 self.terminal.warn(f"skipped {skip.sample}: {skip.reason}")
-            self.report.record("skipped", state.step, sample=skip.sample, reason=skip.reason, bad=skip.bad)
+                self.report.record("skipped", state.step, sample=skip.sample, reason=skip.reason)
         state.step += done
         for lane, cursor in zip(world.lanes(world.batch_size), chunk.cursors):
             state.cursors[lane] = cursor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -148,6 +149,8 @@ def test_two_workers_train_like_one_stop_together_and_continue_as_one(
         "train.learning_rate=1e-4",
         f"data.val=[{nested_tar}]",
         "train.validate_every=12",
+        "train.ema=0.9",
+        "summaries.images_every=6",
     ]
     hyperprior("train", *arguments, "--run", "one")
     workers = pair(*arguments, "--run", "two")
@@ -363,3 +366,21 @@ def test_the_nested_sample_of_imagenet_trains_in_place(
     assert after < before
     images = [p for p in tmp_path.rglob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png")]
     assert not images  # nothing was extracted
+
+
+def test_a_disk_that_fills_stops_the_run_resumably(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [empty_config, *TINY, f"data.train=[{flat_tar}]", "train.steps=300", "train.checkpoint_every=2"]
+    process = start(tmp_path, *arguments, "--run", "r")
+    wait_for(tmp_path / "r", 6, process)
+    # From now on no file of the process can grow beyond 100 kB: what a full disk does to a checkpoint.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "cannot be written" in output and "free the disk and start the same command again" in output
+    assert "Traceback" not in output
+    assert not list((tmp_path / "r").rglob("*.tmp"))
+    step = newest(tmp_path / "r")[1]["run"]["step"]  # type: ignore[index]
+    assert 4 <= step < 300
+    assert f"resumed at step {step}" in hyperprior("train", *arguments, f"train.steps={step + 2}", "--run", "r").stdout
