@@ -69,9 +69,7 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
     limit = 1.0
     keys: Optional[list[str]] = None
     if count or val_split or test_split or settings.max_images or len(whole) < batch_size:
-        keys = all_keys(whole)
-        if not keys:
-            raise DataError(f"data.train holds no image ({', '.join(sorted(shards.IMAGE_SUFFIXES))})")
+        keys = some_keys(whole, "train")
         if settings.max_images and settings.max_images < len(keys):
             limit = sorted(map(lanes.limit_hash, keys))[settings.max_images]
 
@@ -84,7 +82,7 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
         return Source(found, keep, len(kept), lanes.draw(kept))
 
     def given(key: str) -> Source:
-        return counted(opened[key], lanes.ALL, all_keys(opened[key]))
+        return counted(opened[key], lanes.ALL, some_keys(opened[key], key))
 
     train = part(test_split + val_split, 1.0)
     if keys is not None and train.images < batch_size:
@@ -94,24 +92,23 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
         )
     val = given("val") if opened["val"] else part(test_split, test_split + val_split)
     test = given("test") if opened["test"] else part(0.0, test_split)
-    for name, source, wanted in (
-        ("val", val, opened["val"] or val_split),
-        ("test", test, opened["test"] or test_split),
-    ):
-        if wanted and not source.images:
+    for name, source, share in (("val", val, val_split), ("test", test, test_split)):
+        if share and not source.images:
             raise DataError(
                 f"the {name} split is empty: {len(keys or ())} images of data.train are too few for "
-                f"data.{name}_split={val_split if name == 'val' else test_split}; give data.{name} sources"
+                f"data.{name}_split={share}; give data.{name} sources"
             )
     train = train._replace(shards=lanes.enough_shards(whole, batch_size))
     return Splits(train, val, test, "test") if test.images else Splits(train, val, val, "val")
 
 
-def all_keys(found: list[Shard]) -> list[str]:
-    """Every sample's key, shard by shard; reads the headers of tars (and all of a URL)."""
+def some_keys(found: list[Shard], name: str) -> list[str]:
+    """Every sample's key, shard by shard, at least one; reads the headers of tars (and all of a URL)."""
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        per_shard = pool.map(lambda shard: [s.key for s in shard.samples()], found)
-        return [key for keys in per_shard for key in keys]
+        keys = [key for keys in pool.map(lambda shard: [s.key for s in shard.samples()], found) for key in keys]
+    if not keys:
+        raise DataError(f"data.{name} holds no image ({', '.join(sorted(shards.IMAGE_SUFFIXES))})")
+    return keys
 
 
 # Training -------------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ class Trainer:
     def loop(self, track: Track) -> None:
         state = self.state
         chunks = stream.Prefetch(self.chunks())
-        self.since_log: dict[str, Any] = {"time": time.perf_counter(), "wait": 0.0, "step": state.step, "sums": 0.0}
+        self.start_log()
         try:
             stopped = False
             if self.due("validate") and state.step > state.validated_step:
@@ -321,10 +321,7 @@ class Trainer:
                 f"{', '.join(chunk.keys[done])}. Lower train.learning_rate, or look at these images"
             )
         for skip in chunk.skipped:
-            if skip.bad and skip.sample not in self.named:
-                self.named.add(skip.sample)
-                self.terminal.warn(f"skipped {skip.sample}: {skip.reason}")
-                self.report.record("skipped", state.step, sample=skip.sample, reason=skip.reason)
+            self.name(skip)
         state.step += done
         for lane, cursor in zip(world.lanes(world.batch_size), chunk.cursors):
             state.cursors[lane] = cursor
@@ -343,6 +340,13 @@ class Trainer:
             )
         return bool(stop > 0)
 
+    def name(self, skip: stream.Skip) -> None:
+        """Tells of a defective image, once."""
+        if skip.bad and skip.sample not in self.named:
+            self.named.add(skip.sample)
+            self.terminal.warn(f"skipped {skip.sample}: {skip.reason}")
+            self.report.record("skipped", self.state.step, sample=skip.sample, reason=skip.reason)
+
     def log(self, track: Track) -> None:
         """Means over the steps since the last log."""
         state, since = self.state, self.since_log
@@ -356,7 +360,15 @@ class Trainer:
             values["skipped"] = state.bad + state.small
             self.report.scalars("train", state.step, values)
             track.line(state.step, summaries.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
-        self.since_log = {"time": time.perf_counter(), "wait": 0.0, "step": state.step, "sums": 0.0}
+        self.start_log()
+
+    def start_log(self) -> None:
+        self.since_log: dict[str, Any] = {
+            "time": time.perf_counter(),
+            "wait": 0.0,
+            "step": self.state.step,
+            "sums": 0.0,
+        }
 
     # Validation -------------------------------------------------------------------------------------------
 
@@ -410,8 +422,8 @@ class Trainer:
                     return None
                 totals += sums[:-1]
                 for place in found:
-                    if place.skip and place.skip.bad:
-                        self.terminal.warn(f"skipped {place.skip.sample}: {place.skip.reason}")
+                    if place.skip:
+                        self.name(place.skip)
         found_means = steps.means(totals)
         if not found_means["images"]:
             raise DataError(

@@ -57,6 +57,13 @@ def test_every_image_is_visited_once_an_epoch_over_all_lanes(
         assert len(seen) == images and set(seen.values()) == {1}, source
 
 
+def test_every_image_of_imagenets_own_layout_is_visited_once(samples: Path) -> None:
+    for name, images in (("imagenet_train_sample.tar", 750), ("imagenet_val_sample.tar", 100)):
+        shards = lanes.enough_shards(open_sources([str(samples / name)], "x"), 16)
+        seen = epoch_over_lanes(shards, 16)
+        assert len(seen) == images and set(seen.values()) == {1}
+
+
 def test_a_nested_tar_becomes_one_shard_per_class_with_full_names(nested_tar: Path) -> None:
     shards = open_sources([str(nested_tar)], "x")
     assert [s.name.split("//")[1] for s in shards] == [f"n{c}.tar" for c in range(6)]
