@@ -95,7 +95,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """The newest checkpoint that is whole, or None where there is none; `warn` hears of damaged ones.
 
-    Raises StorageError if there are checkpoints but none is whole: starting anew would hide the loss.
+    Raises ConfigError if there are checkpoints but none is whole: starting anew would hide the loss.
     """
     paths = sorted(folder.glob(PATTERN), reverse=True)
     for path in paths:
@@ -104,7 +104,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[dic
         except ValueError as error:
             warn(f"{error}; using the one before")
     if paths:
-        raise StorageError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start anew")
+        raise ConfigError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start anew")
     return None
 
 
@@ -145,5 +145,7 @@ def only_one(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"another process is training in {run}; wait for it or choose another --run") from error
+            raise ConfigError(
+                f"another process is working in {run}; wait for it or choose another directory"
+            ) from error
         yield

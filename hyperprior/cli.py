@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -157,6 +158,9 @@ def keep_freed_memory() -> None:
 
 def main() -> None:
     """Runs a command; an error meant for the user becomes one line and its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # TensorFlow's errors reach Python as exceptions; what else it prints at start is noise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:

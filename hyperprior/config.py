@@ -29,8 +29,10 @@ def field(default: Any, doc: str, *, may_change: bool = False, **constraints: An
 
 
 def parse_interval(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    if value is None:
         return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     match = re.fullmatch(r"(\d+)(?: *(steps?|epochs?))?", str(value).strip())
     if not match or int(match[1]) < 1:
         raise ValueError("an interval is a number of steps, or text such as '500 steps' or '2 epochs'")
@@ -51,6 +53,15 @@ class Section(BaseModel):
         frozen=True,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_truth_for_numbers(cls, values: Any) -> Any:
+        for name, info in cls.model_fields.items() if isinstance(values, dict) else ():
+            name = info.alias or name
+            if isinstance(values.get(name), bool) and info.annotation is not bool:
+                raise ValueError(f"{name} is {str(values[name]).lower()}; a number or text is expected")
+        return values
 
 
 class Data(Section):
@@ -261,6 +272,8 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if key in seen:
                 raise ConfigError(
@@ -293,7 +306,7 @@ def parse_yaml(text: str, name: str) -> Any:
     loader.name = name
     try:
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a key that is a mapping
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()

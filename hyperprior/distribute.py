@@ -37,6 +37,11 @@ class World:
         if gpus and settings.deterministic:
             tf.config.experimental.enable_op_determinism()
         self.device_kind = "GPU" if gpus else "CPU"
+        if self.workers > 1 and (settings.cpu_devices or 1) > 1:
+            raise ConfigError(
+                f"distribute.cpu_devices is {settings.cpu_devices} but TF_CONFIG names {self.workers} workers, which "
+                f"use one CPU device each; leave cpu_devices out"
+            )
         local_replicas = len(gpus) or settings.cpu_devices or 1
         self.local_replicas = local_replicas
         self.replicas = local_replicas * self.workers
@@ -56,6 +61,11 @@ class World:
             self.strategy = tf.distribute.MirroredStrategy([f"{self.device_kind}:{i}" for i in range(local_replicas)])
         else:
             self.strategy = tf.distribute.get_strategy()
+        if self.strategy.num_replicas_in_sync != self.replicas:
+            raise ConfigError(
+                f"TensorFlow trains on {self.strategy.num_replicas_in_sync} replicas where {self.replicas} were "
+                f"expected: every worker needs the same number of GPUs, or none"
+            )
         self.batch_size, self.replica_batch = batch_size, batch_size // self.replicas
 
     @property
@@ -109,7 +119,10 @@ def tf_config_place() -> tuple[int, int]:
         chiefs, workers = cluster.get("chief", []), cluster.get("worker", [])
         if not chiefs and not workers:
             return 1, 0
-        return len(chiefs) + len(workers), int(task["index"]) + (len(chiefs) if task["type"] == "worker" else 0)
+        count, index = len(chiefs) + len(workers), int(task["index"])
+        if task["type"] not in ("chief", "worker") or not 0 <= index < len(cluster[task["type"]]):
+            raise ConfigError(f"TF_CONFIG's task is {task}; it must be a chief or worker that its cluster lists")
+        return count, index + (len(chiefs) if task["type"] == "worker" else 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"TF_CONFIG is {text!r}: it must be JSON with cluster and task, as TensorFlow documents ({error!r})"

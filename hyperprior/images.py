@@ -81,7 +81,10 @@ def check_size(height: int, width: int, size: int, upscale: bool) -> None:
 
 
 def enlarge(image: np.ndarray, size: int) -> np.ndarray:
+    """The image enlarged until its shorter side is `size`. Raises Unusable for a strip."""
     height, width = image.shape[:2]
+    if max(height, width) > 16 * min(height, width):
+        raise Unusable(f"{width}x{height} is too narrow to be enlarged")
     scale = size / min(height, width)
     shape = (max(size, round(width * scale)), max(size, round(height * scale)))
     return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))

@@ -18,6 +18,8 @@ from hyperprior.shards import Sample, Shard
 
 T = TypeVar("T")
 
+MAX_EMPTY_EPOCHS = 1000
+
 
 class Cursor(NamedTuple):
     """Where a lane goes on: epoch, visit within it, samples consumed of the visit, patches cut of the next."""
@@ -88,23 +90,25 @@ def lane_samples(
 ) -> Iterator[tuple[Cursor, Sample]]:
     """What lane `lane` of `lanes` reads from `start` on, for ever, with each sample's own cursor.
 
-    Raises DataError when a whole epoch of the lane holds nothing.
+    An epoch may leave a lane without a sample, since the next deals the shards anew; DataError is raised when
+    a thousand in a row do.
     """
     epoch, visit, offset, _ = start
+    empty_epochs = 0
     while True:
         mine = permutation(seed, epoch, len(shards))[lane::lanes]
-        empty = visit == 0 and offset == 0
         while visit < len(mine):
             index = mine[visit]
             samples = (s for s in shards[index].samples() if keep(s.key))
             for position, sample in enumerate(shuffled(samples, buffer_size, seed, "buffer", epoch, index)):
                 if position >= offset:
-                    empty = False
+                    empty_epochs = 0
                     yield Cursor(epoch, visit, position), sample
             visit, offset = visit + 1, 0
-        if empty:
+        empty_epochs += 1
+        if empty_epochs > MAX_EMPTY_EPOCHS:
             raise DataError(
-                f"lane {lane} of {lanes} finds no sample in epoch {epoch}: the training data has fewer "
+                f"lane {lane} of {lanes} finds no sample in {MAX_EMPTY_EPOCHS} epochs: the training data has fewer "
                 f"images than train.batch_size has lanes; lower train.batch_size"
             )
         epoch, visit = epoch + 1, 0

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import io
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from PIL import Image
 
-from hyperprior import checkpoint, images, shards
+from hyperprior import checkpoint, images, lanes, shards, stream
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.shards import Sample, Shard
 from hyperprior.terminal import Terminal
@@ -40,6 +41,7 @@ class Report:
     longest_side: int = 0
     images_per_shard: list[int] = dataclasses.field(default_factory=list)
     formats: dict[str, int] = dataclasses.field(default_factory=dict)
+    ignored: dict[str, int] = dataclasses.field(default_factory=dict)
     unusable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
@@ -57,6 +59,9 @@ class Report:
                 f"sizes     sides from {self.shortest_side} to {self.longest_side} pixels, "
                 f"{self.pixels / good / 1e6:.2f} megapixels on average"
             )
+        if self.ignored:
+            rows = ", ".join(f"{suffix or 'no extension'} {count:,}" for suffix, count in sorted(self.ignored.items()))
+            yield f"ignored   members of tars that are no image: {rows}"
         yield f"small     {self.smaller_than_patch:,} have a side below {self.patch_size}"
         yield f"unusable  {len(self.unusable):,} images, {len(self.damaged):,} shards"
         problems = self.damaged + self.unusable
@@ -70,20 +75,25 @@ def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Ter
     found = shards.open_sources(sources, "SOURCE", allow_pipe=allow_pipe)
     report = Report(shards=len(found), patch_size=patch_size)
     formats: collections.Counter[str] = collections.Counter()
+    ignored: collections.Counter[str] = collections.Counter()
 
     def look(sample: Sample) -> tuple[str, str, int, int, int, str]:
         try:
-            data = sample.read()
+            data = stream.read(sample)
             kind = "JPEG" if images.is_jpeg(data) else images.open_image(data).format or "?"
             height, width = images.decode(data).shape[:2]
             return sample.name, kind, len(data), height, width, ""
-        except (images.Unusable, DataError) as error:
+        except images.Unusable as error:
             return sample.name, "unusable", sample.size or 0, 0, 0, str(error)
 
     with terminal.track("inspecting", len(found)) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
         for index, shard in enumerate(found):
             count = 0
             try:
+                if shard.kind == "tar" and shard.part == 0:
+                    for member, _, _ in shards.tar_index(shard.path, shard.offset, shard.size, shard.name):
+                        if not shards.is_image(member):
+                            ignored[PurePosixPath(member).suffix.lower()] += 1
                 for name, kind, size, height, width, reason in ahead(pool, look, shard.samples()):
                     count += 1
                     formats[kind] += 1
@@ -100,7 +110,7 @@ def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Ter
             report.images += count
             report.images_per_shard.append(count)
             track.update(index + 1)
-    report.formats = dict(formats)
+    report.formats, report.ignored = dict(formats), dict(ignored)
     return report
 
 
@@ -143,23 +153,28 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
         raise ConfigError(f"--encode is {options.encode!r}; allowed are jpeg and png")
     found = shards.open_sources(sources, "SOURCE", allow_pipe=allow_pipe)
     with checkpoint.only_one(out):
-        plan = json.dumps({"sources": shards.describe_shards(found), "options": options._asdict()})
+        samples = [(s.key, size_of(s)) for shard in found for s in shard.samples()]
+        plan = json.dumps({"samples": f"{lanes.draw(samples):016x}", "options": options._asdict()})
         plan_file = out / "pack.json"
         if plan_file.exists() and plan_file.read_text() != plan:
             raise ConfigError(f"{out} holds shards of other sources or options; choose another --out")
         if not plan_file.exists() and any(out.glob("*.tar")):
             raise ConfigError(f"{out} holds tars already; choose another --out")
         checkpoint.write_text(plan_file, plan)
-        return write_shards(found, out, options, terminal)
+        return write_shards(found, len(samples), out, options, terminal)
 
 
-def write_shards(found: list[Shard], out: Path, options: Options, terminal: Terminal) -> list[Path]:
+def size_of(sample: Sample) -> int:
+    with contextlib.suppress(OSError):
+        return sample.size or Path(sample.path).stat().st_size
+    return 0  # named when it is to be packed
+
+
+def write_shards(found: list[Shard], total: int, out: Path, options: Options, terminal: Terminal) -> list[Path]:
     from webdataset.writer import TarWriter
 
-    total = sum(1 for shard in found for _ in shard.samples())
     paths: list[Path] = []
     keys: set[str] = set()
-    left_out = 0
     samples = (sample for shard in found for sample in shard.samples())
     with terminal.track("packing", total) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, total, options.images_per_shard):
@@ -171,7 +186,6 @@ def write_shards(found: list[Shard], out: Path, options: Options, terminal: Term
                 for (sample, _), result in zip(named, packed):
                     if isinstance(result, str):
                         terminal.warn(f"left out {sample.name}: {result}")
-                        left_out += 1
 
                 def write(file: Any, packed: list[Any] = packed) -> None:
                     # PAX takes keys of any length and alphabet; the fixed time makes the bytes reproducible.
@@ -187,9 +201,10 @@ def write_shards(found: list[Shard], out: Path, options: Options, terminal: Term
             track.update(first + len(group))
     if not paths:
         raise DataError(f"none of the {total} images can be packed")
+    kept = sum(len(shards.tar_index(str(path), 0, path.stat().st_size, str(path))) for path in paths)
     terminal.say(
-        f"{total - left_out:,} images in {len(paths):,} shards below {out}"
-        + (f", {left_out:,} left out" if left_out else "")
+        f"{kept:,} images in {len(paths):,} shards below {out}"
+        + (f", {total - kept:,} left out" if kept < total else "")
     )
     return paths
 
@@ -206,7 +221,7 @@ def unique(key: str, taken: set[str]) -> str:
 def prepare(sample: Sample, key: str, options: Options) -> Packed | str:
     """The sample as it is packed, or why it is left out."""
     try:
-        data = sample.read()
+        data = stream.read(sample)
         image = images.decode(data)
     except images.Unusable as error:
         return str(error)

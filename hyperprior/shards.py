@@ -10,6 +10,7 @@ and divided by `lanes.py`.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -38,10 +39,15 @@ class Sample(NamedTuple):
     def name(self) -> str:
         return f"{self.shard}: {self.key}"
 
+    @property
+    def is_file(self) -> bool:
+        """A file of its own, rather than a member of a tar."""
+        return self.data is None and self.size is None
+
     def read(self) -> bytes:
         if self.data is not None:
             return self.data
-        if self.size is None:
+        if self.is_file or self.size is None:
             try:
                 return Path(self.path).read_bytes()
             except OSError as error:
@@ -51,7 +57,8 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """`kind` tar: bytes [offset, offset + size) of `path`; files: `files` below `path`; url: `path`.
+    """`kind` tar: bytes [offset, offset + size) of `path`; loose: the images that stand beside the tars of a
+    nested tar; files: `files` below `path`; url: `path`.
 
     Part `part` of `parts` holds samples part, part + parts, ... of the whole.
     """
@@ -71,20 +78,16 @@ class Shard:
         Raises DataError where the shard is damaged: for a local tar before the first sample, for a URL
         where the damage stands, at the latest after the last sample.
         """
-        for index, sample in enumerate(self._all()):
-            if index % self.parts == self.part:
-                yield sample
-
-    def _all(self) -> Iterator[Sample]:
-        if self.kind == "tar":
-            for member, offset, size in tar_index(self.path, self.offset, self.size, self.name):
-                if is_image(member):
-                    yield Sample(self.name, key_of(member), self.path, offset, size)
+        mine = slice(self.part, None, self.parts)
+        if self.kind == "url":
+            yield from itertools.islice(stream_tar(self.path), self.part, None, self.parts)
         elif self.kind == "files":
-            for file in self.files:
+            for file in self.files[mine]:
                 yield Sample(self.name, key_of(file), str(Path(self.path, file)))
         else:
-            yield from stream_tar(self.path)
+            images = tar_images(self.path, self.offset, self.size, self.name, self.kind == "loose")
+            for member, offset, size in images[mine]:
+                yield Sample(self.name, key_of(member), self.path, offset, size)
 
     def split(self, parts: int) -> list[Shard]:
         # Part j of k of part p of q holds the samples whose index is p + q·j modulo q·k.
@@ -95,6 +98,11 @@ def is_image(name: str) -> bool:
     path = PurePosixPath(name)
     # "._name" is what macOS puts beside a file: not an image, whatever its extension says.
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+
+
+def is_tar(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() == ".tar" and not path.name.startswith("._")
 
 
 def key_of(name: str) -> str:
@@ -132,8 +140,8 @@ def read_at(path: str, offset: int, size: int) -> bytes:
             if not more:
                 raise DataError(f"{path} ends at byte {offset + len(data)}; it was longer when it was opened")
             data += more
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, OverflowError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     return data
 
 
@@ -171,8 +179,8 @@ def tar_index(path: str, offset: int, size: int, name: str) -> tuple[tuple[str, 
         with tarfile.open(fileobj=window, mode="r:") as tar:  # type: ignore[call-overload]
             members = [m for m in tar if m.isreg()]
             end = tar.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{name} is not an uncompressed tar: {error}") from error
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise DataError(f"{name} is damaged or not an uncompressed tar: {error}") from error
     for member in members:
         if member.offset_data + member.size > size:
             raise DataError(damage(name, f"member {member.name} runs past the end of the file"))
@@ -183,6 +191,19 @@ def tar_index(path: str, offset: int, size: int, name: str) -> tuple[tuple[str, 
         if block.strip(b"\0"):
             raise DataError(damage(name, f"a header at byte {end} is damaged, after {len(members)} members"))
     return tuple((m.name, offset + m.offset_data, m.size) for m in members)
+
+
+@functools.lru_cache(maxsize=256)
+def tar_images(path: str, offset: int, size: int, name: str, beside_tars: bool) -> tuple[tuple[str, int, int], ...]:
+    """The rows of `tar_index` that are images. Raises DataError for tars in a place where they are not read."""
+    members = tar_index(path, offset, size, name)
+    inner = next((member for member, _, _ in members if is_tar(member)), None)
+    if inner and not beside_tars:
+        raise DataError(
+            f"{name} holds the tar {inner} after images or inside an inner tar; a nested tar is one of tars, one "
+            f"level deep: unpack the outer one, or give the inner tars as sources of their own"
+        )
+    return tuple(row for row in members if is_image(row[0]))
 
 
 def damage(name: str, what: str) -> str:
@@ -225,12 +246,13 @@ def stream_tar(url: str) -> Iterator[Sample]:
     """The images of a tar behind a URL, read once from front to back by webdataset's opener."""
     from webdataset.gopen import gopen
 
+    end = 0
     try:
         with gopen(url) as stream:
             tail = Tail(stream)
             with tarfile.open(fileobj=tail, mode="r|") as tar:  # type: ignore[call-overload]
                 for member in tar:
-                    if member.isreg() and PurePosixPath(member.name).suffix == ".tar":
+                    if member.isreg() and is_tar(member.name):
                         raise DataError(
                             f"{url}: member {member.name} is a tar; nested tars are read in place from "
                             f"local files only; give the inner tars as URLs of their own"
@@ -244,7 +266,7 @@ def stream_tar(url: str) -> Iterator[Sample]:
                 pass
             if tail.last_nonzero > end or tail.count < end + BLOCK:
                 raise DataError(damage(url, f"it stops being a tar at byte {end} of {tail.count}"))
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise DataError(f"{url} cannot be read as a tar: {error}") from error
 
 
@@ -273,13 +295,18 @@ def expand_braces(source: str) -> list[str]:
         return [source]
     from webdataset.shardlists import braceexpand
 
-    return list(braceexpand.braceexpand(source))
+    try:
+        return list(braceexpand.braceexpand(source))
+    except ValueError as error:
+        raise ConfigError(f"{source} is no pattern: {error}; write shards-{{000000..000127}}.tar") from error
 
 
 def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
-    if location.startswith("pipe:"):
+    if location.lower().startswith("pipe:"):
         if not allow_pipe:
-            raise ConfigError(f"{key}: {location} would run a shell command; set data.allow_pipe=true to let it")
+            raise ConfigError(
+                f"{key}: {location} would run a shell command; set data.allow_pipe=true (--allow-pipe) to let it"
+            )
         return [Shard("url", location, location)]
     if "://" in location:
         return [Shard("url", location, location)]
@@ -292,7 +319,7 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
             pass
     except OSError as error:
         raise DataError(f"{key}: {location} cannot be read: {error.strerror}") from error
-    if path.suffix.lower() == ".tar":
+    if is_tar(path.name):
         return open_tar(str(path), size)
     if is_image(path.name):
         return [Shard("files", str(path.parent), str(path), files=(path.name,))]
@@ -309,10 +336,16 @@ def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
         raise DataError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
 
     images, tars = [], []
-    for folder, folders, files in os.walk(path, onerror=fail):
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         for file in files:
-            if file.lower().endswith(".tar"):
+            if is_tar(file):
                 tars.append(str(Path(folder, file)))
             elif is_image(file):
                 images.append(Path(folder, file).relative_to(path).as_posix())
@@ -327,20 +360,25 @@ def open_tar(path: str, size: int) -> list[Shard]:
     """One shard for a flat tar; for a tar of tars one for each inner tar, and one for loose images."""
     looks_whole(path, 0, size, path)
     whole = Shard("tar", path, path, size=size)
-    with tarfile.open(fileobj=Window(path, 0, size), mode="r:") as tar:  # type: ignore[call-overload]
-        first = next((m for m in tar if m.isreg()), None)
+    # The first image or tar tells which kind it is: a flat tar need not be walked before it is read.
+    try:
+        with tarfile.open(fileobj=Window(path, 0, size), mode="r:") as tar:  # type: ignore[call-overload]
+            first = next((m.name for m in tar if m.isreg() and (is_image(m.name) or is_tar(m.name))), None)
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is damaged or not an uncompressed tar: {error}") from error
     if first is None:
-        raise DataError(f"{path} holds no file")
-    if PurePosixPath(first.name).suffix.lower() != ".tar":
+        tar_index(path, 0, size, path)  # raises if damage hides the rest
+        return []
+    if is_image(first):
         return [whole]
     shards = []
     members = tar_index(path, 0, size, path)
     for name, offset, length in members:
-        if PurePosixPath(name).suffix.lower() == ".tar":
+        if is_tar(name):
             looks_whole(path, offset, length, f"{path}//{name}")
             shards.append(Shard("tar", path, f"{path}//{name}", size=length, offset=offset))
     if any(is_image(name) for name, _, _ in members):
-        shards.append(whole)
+        shards.append(replace(whole, kind="loose"))
     return shards
 
 

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
@@ -26,12 +26,14 @@ from hyperprior.shards import Sample, Shard
 
 AHEAD = 3  # samples a lane has in the pool
 PREFETCH = 2  # chunks ready before the trainer asks
+PASSED_OVER_AT_MOST = 1000  # samples in a row, over more than an epoch, before a lane gives up
 
 
 class Source(NamedTuple):
     """A split: its shards, and which of their samples belong to it.
 
-    `images` is 0 where nobody counted them; else `digest` identifies their keys.
+    `images` is 0 where nobody counted them. `digest` identifies their keys; it is 0 where the names and sizes
+    of the shards say enough.
     """
 
     shards: list[Shard]
@@ -49,7 +51,7 @@ class Splits:
 
     def fingerprint(self) -> str:
         """Identifies the data, wherever it lies: names, sizes and parts of shards, and keys that were counted."""
-        parts = [(shards.describe_shards(s.shards), *s[1:]) for s in (self.train, self.val, self.test)]
+        parts = [(shards.describe_shards(s.shards), s.keep, s.digest) for s in (self.train, self.val, self.test)]
         return f"{lanes.draw(parts):016x}"
 
 
@@ -68,7 +70,8 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
     whole = opened["train"]
     limit = 1.0
     keys: Optional[list[str]] = None
-    if count or val_split or test_split or settings.max_images or len(whole) < batch_size:
+    divided = bool(val_split or test_split or settings.max_images or len(whole) < batch_size)
+    if count or divided:
         keys = some_keys(whole, "train")
         if settings.max_images and settings.max_images < len(keys):
             limit = sorted(map(lanes.limit_hash, keys))[settings.max_images]
@@ -79,7 +82,8 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
 
     def counted(found: list[Shard], keep: Keep, keys: list[str]) -> Source:
         kept = [key for key in keys if keep(key)]
-        return Source(found, keep, len(kept), lanes.draw(kept))
+        # `count` may change from one start of a run to the next: it must not tell in the fingerprint.
+        return Source(found, keep, len(kept), lanes.draw(kept) if divided or found is not whole else 0)
 
     def given(key: str) -> Source:
         return counted(opened[key], lanes.ALL, some_keys(opened[key], key))
@@ -109,6 +113,16 @@ def some_keys(found: list[Shard], name: str) -> list[str]:
     if not keys:
         raise DataError(f"data.{name} holds no image ({', '.join(sorted(shards.IMAGE_SUFFIXES))})")
     return keys
+
+
+def read(sample: Sample) -> bytes:
+    """The sample's bytes. A single file that cannot be read is Unusable; a shard that cannot raises DataError."""
+    try:
+        return sample.read()
+    except DataError as error:
+        if sample.is_file:
+            raise images.Unusable(str(error)) from error
+        raise
 
 
 # Training -------------------------------------------------------------------------------------------------
@@ -152,7 +166,7 @@ class Lane:
         )
         self.pending: deque[tuple[Cursor, Sample, Future[np.ndarray]]] = deque()
         self.patches: Optional[tuple[Cursor, Sample, np.ndarray]] = None
-        self.last_good_epoch = start.epoch
+        self.last_good_epoch, self.passed_over = start.epoch, 0
 
     def next(self) -> tuple[np.ndarray, str, int, list[Skip]]:
         """(patch, sample's name, samples newly decoded or skipped, those skipped)."""
@@ -165,13 +179,14 @@ class Lane:
             used += self.cursor.patch == 0  # else it was counted before the stop that this lane resumes from
             try:
                 self.patches = at, sample, future.result()
-                self.last_good_epoch = at.epoch
+                self.last_good_epoch, self.passed_over = at.epoch, 0
             except images.Unusable as error:
                 skipped.append(Skip(sample.name, str(error), not isinstance(error, images.TooSmall)))
                 self.cursor = at._replace(offset=at.offset + 1)
-                if at.epoch > self.last_good_epoch + 1:
+                self.passed_over += 1
+                if at.epoch > self.last_good_epoch + 1 and self.passed_over > PASSED_OVER_AT_MOST:
                     raise DataError(
-                        f"lane {self.lane} found no usable image in a whole epoch; the last it passed over "
+                        f"lane {self.lane} found no usable image in more than an epoch; the last it passed over "
                         f"is {sample.name}: {error} (see data.patch_size, data.small_images)"
                     ) from error
         at, sample, patches = self.patches
@@ -191,7 +206,7 @@ class Lane:
         ]
         places = [(b >> 32, b & 0xFFFFFFFF) for b in bits]
         return images.cut_patches(
-            sample.read(), self.settings.patch_size, places, upscale=self.settings.small_images == "upscale"
+            read(sample), self.settings.patch_size, places, upscale=self.settings.small_images == "upscale"
         )
 
 
@@ -216,7 +231,7 @@ def batches(
 
 
 class Prefetch:
-    """Runs `items` in a thread, a few ahead. Iterating raises what `items` raised, in its place."""
+    """Runs `items` in a thread, a few ahead. `next` raises what `items` raised, in its place."""
 
     def __init__(self, items: Iterable[Any]):
         self.queue: queue.Queue[Any] = queue.Queue(PREFETCH)
@@ -241,18 +256,22 @@ class Prefetch:
                 return True
         return False
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        item, error = self.queue.get()
-        if error is not None:
-            raise error
-        return item
+    def next(self, give_up: Callable[[], bool] = lambda: False) -> Any:
+        """The next item; None as soon as `give_up()` holds while there is none."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                item, error = self.queue.get(timeout=0.2)
+                if error is None:
+                    return item
+                if give_up():  # a Ctrl-C also ends the programs behind URLs: no fault of theirs
+                    return None
+                raise error
+            if give_up():
+                return None
 
     def close(self) -> None:
         self.stopping.set()
-        self.thread.join(timeout=60)
+        self.thread.join(timeout=5)  # it may hang in a read; it is a daemon
 
 
 # Evaluation -----------------------------------------------------------------------------------------------
@@ -281,7 +300,7 @@ def eval_batches(
         if sample is None:
             return EvalImage(blank, 0.0)
         try:
-            data = sample.read()
+            data = read(sample)
             image = images.centre_crop(data, side) if side else images.decode(data)
             images.check_size(image.shape[0], image.shape[1], min_side, upscale=False)
             return EvalImage(image, 1.0)

@@ -48,6 +48,7 @@ class Summaries:
         self.run, self.warn = run, warn
         self.writers: dict[str, EventFileWriter] = {}
         self.failed = not is_chief
+        self.skipped: set[str] = set()  # samples that were named
         self.metrics = run / "metrics.jsonl"
         self._guard(self._rewind, step)
 
@@ -57,8 +58,11 @@ class Summaries:
             kept = []
             for line in self.metrics.read_text().splitlines():
                 try:
-                    if json.loads(line)["step"] <= step:
+                    row = json.loads(line)
+                    if row["step"] <= step:
                         kept.append(line + "\n")
+                        if row["kind"] == "skipped":
+                            self.skipped.add(row["sample"])
                 except ValueError:
                     break  # a line that was cut off by a kill
             checkpoint.write_text(self.metrics, "".join(kept))

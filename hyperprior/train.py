@@ -45,6 +45,8 @@ class State:
     best_loss: Optional[float] = None
     best_step: int = 0
     stale: int = 0  # validations since the best
+    logged_step: int = 0
+    sums: list[float] = dataclasses.field(default_factory=list)  # of the metrics since logged_step
 
 
 class Chunk(NamedTuple):
@@ -58,10 +60,13 @@ class Chunk(NamedTuple):
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask the run to stop after the current call; a second Ctrl-C stops at once."""
+    """SIGTERM and Ctrl-C ask the run to stop after the current call; a second Ctrl-C stops at once.
+
+    Before the loop begins there is nothing to save, and the first one stops at once.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.in_loop = False
 
     def install(self) -> None:
         # MultiWorkerMirroredStrategy replaces the SIGTERM handler: install again after it is made.
@@ -72,6 +77,8 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        if not self.in_loop:
+            raise Stopped("stopped before training began; start the same command again")
 
 
 def train(settings: Config, run: Path, terminal: Terminal) -> dict[str, Any]:
@@ -123,11 +130,12 @@ class Trainer:
             **{f"optimizer/{name}": v for name, v in self.optimizer.named_variables().items()},
         }
         self.state = State([Cursor()] * world.batch_size)
-        self.named: set[str] = set()  # bad samples that were reported
         if saved:
             arrays, state = saved
             checkpoint.assign(self.variables, arrays, str(self.checkpoints))
             self.state = State(**{**state["run"], "cursors": [Cursor(*c) for c in state["run"]["cursors"]]})
+            self.check_best()
+        self.check_evaluation()
         self.train_steps = steps.make_train_steps(world, self.model, self.optimizer, settings)
         self.eval_step = steps.make_eval_step(world, self.model, settings)
         self.reconstruct = tf.function(
@@ -171,6 +179,32 @@ class Trainer:
                     f"those of an uninterrupted run"
                 )
 
+    def check_best(self) -> None:
+        """Forgets a best that another course of this run left behind after the checkpoint it resumes from."""
+        try:
+            step = checkpoint.load(self.best)[1]["step"] if self.state.best_loss is not None else 0
+        except ValueError as error:
+            step = str(error)
+        if self.state.best_loss is not None and step != self.state.best_step:
+            self.terminal.warn(f"{self.best} is not of step {self.state.best_step} ({step}); the best is sought anew")
+            self.state.best_loss, self.state.best_step, self.state.stale = None, 0, 0
+
+    def check_evaluation(self) -> None:
+        """Raises DataError unless validation and test each have an image that can be used."""
+        for name, source in (("val", self.splits.val), (self.splits.test_name, self.splits.test)):
+            if source.images:
+                places = stream.eval_batches(source, self.settings.data, range(1), 1, self.min_side)
+                with contextlib.closing(places):
+                    if not any(place.weight for (place,) in places):
+                        raise DataError(
+                            f"none of the {source.images} images of the {name} split can be used with "
+                            f"data.eval_crop={self.settings.data.eval_crop}; lower it, or give other images"
+                        )
+
+    @property
+    def min_side(self) -> int:
+        return rd.MS_SSIM_MIN_SIDE if self.settings.loss.metric == "ms-ssim" else 1
+
     def describe_data(self) -> str:
         s = self.splits
         return f"{len(s.train.shards)} shards (fingerprint {s.fingerprint()})"
@@ -199,8 +233,10 @@ class Trainer:
         state = self.state
         results = self.run / "results.json"
         if state.step and self.finished() and results.exists():
-            self.terminal.say(f"{self.run} is done: {state.step} steps")
-            return json.loads(results.read_text())
+            result = json.loads(results.read_text())
+            if result["trained_steps"] == state.step:
+                self.terminal.say(f"{self.run} is done: {state.step} steps")
+                return result
         self.announce()
         if self.world.is_chief:
             checkpoint.write_text(
@@ -251,15 +287,23 @@ class Trainer:
     def loop(self, track: Track) -> None:
         state = self.state
         chunks = stream.Prefetch(self.chunks())
-        self.start_log()
+        self.log_began, self.log_waited = time.perf_counter(), 0.0
+        self.stop.in_loop = True
+        # Several workers must agree to stop, so there each goes on to the next reduction.
+        give_up = (lambda: self.stop.requested) if self.world.workers == 1 else (lambda: False)
         try:
             stopped = False
-            if self.due("validate") and state.step > state.validated_step:
-                stopped = not self.validate(track)  # a stop had cut it short
+            if self.due("validate") and state.step > state.validated_step:  # a stop had cut it short
+                stopped = not self.validate(track)
+                self.save()
             while not stopped and not self.finished():
                 asked = time.perf_counter()
-                chunk = next(chunks)
-                self.since_log["wait"] += time.perf_counter() - asked
+                chunk = chunks.next(give_up)
+                self.log_waited += time.perf_counter() - asked
+                if chunk is None:
+                    self.save()
+                    stopped = True
+                    break
                 stopped = self.train_chunk(chunk, track)
                 if self.due("scalars"):
                     self.log(track)
@@ -267,7 +311,8 @@ class Trainer:
                     stopped = not self.validate(track)
                 if not stopped and self.due("images"):
                     self.pictures()
-                if stopped or self.due("checkpoint") or self.finished():
+                # A new best is saved with the state that knows of it.
+                if stopped or self.due("checkpoint") or self.finished() or state.best_step == state.step:
                     self.save()
             if stopped:
                 raise Stopped(
@@ -329,7 +374,7 @@ class Trainer:
         state.samples += int(samples)
         state.bad += int(bad_everywhere)
         state.small += int(small)
-        self.since_log["sums"] = self.since_log["sums"] + result.metrics.numpy()
+        state.sums = (np.array(state.sums or 0.0) + result.metrics.numpy()).tolist()
         track.update(state.step)
         limit = self.settings.data.max_bad_fraction * max(state.samples, BAD_JUDGED_OVER)
         if state.bad > limit:
@@ -342,33 +387,25 @@ class Trainer:
 
     def name(self, skip: stream.Skip) -> None:
         """Tells of a defective image, once."""
-        if skip.bad and skip.sample not in self.named:
-            self.named.add(skip.sample)
+        if skip.bad and skip.sample not in self.report.skipped:
+            self.report.skipped.add(skip.sample)
             self.terminal.warn(f"skipped {skip.sample}: {skip.reason}")
             self.report.record("skipped", self.state.step, sample=skip.sample, reason=skip.reason)
 
     def log(self, track: Track) -> None:
         """Means over the steps since the last log."""
-        state, since = self.state, self.since_log
-        count, seconds = state.step - since["step"], max(time.perf_counter() - since["time"], 1e-9)
-        if count:
-            values = dict(zip((*steps.TRAIN_METRICS, "gradient_norm"), map(float, since["sums"] / count)))
-            values["bpp"] = values["bpp_y"] + values["bpp_z"]
-            values["learning_rate"] = float(self.optimizer.learning_rate(tf.constant(state.step - 1)))
-            values["images_per_s"] = count * self.world.batch_size / seconds
-            values["input_wait"] = since["wait"] / seconds
-            values["skipped"] = state.bad + state.small
-            self.report.scalars("train", state.step, values)
-            track.line(state.step, summaries.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
-        self.start_log()
-
-    def start_log(self) -> None:
-        self.since_log: dict[str, Any] = {
-            "time": time.perf_counter(),
-            "wait": 0.0,
-            "step": self.state.step,
-            "sums": 0.0,
-        }
+        state = self.state
+        count, seconds = state.step - state.logged_step, max(time.perf_counter() - self.log_began, 1e-9)
+        values = dict(zip((*steps.TRAIN_METRICS, "gradient_norm"), (total / count for total in state.sums)))
+        values["bpp"] = values["bpp_y"] + values["bpp_z"]
+        values["learning_rate"] = float(self.optimizer.learning_rate(tf.constant(state.step - 1)))
+        values["images_per_s"] = count * self.world.batch_size / seconds
+        values["input_wait"] = self.log_waited / seconds
+        values["skipped"] = state.bad + state.small
+        self.report.scalars("train", state.step, values)
+        track.line(state.step, summaries.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
+        self.log_began, self.log_waited = time.perf_counter(), 0.0
+        state.logged_step, state.sums = state.step, []
 
     # Validation -------------------------------------------------------------------------------------------
 
@@ -394,7 +431,7 @@ class Trainer:
                 state.stale += 1
         self.report.scalars("val", state.step, found)
         track.line(state.step, "validation  " + summaries.describe(found))
-        self.since_log["time"] += time.perf_counter() - began  # not a part of training's speed
+        self.log_began += time.perf_counter() - began  # not a part of training's speed
         return True
 
     @property
@@ -407,10 +444,9 @@ class Trainer:
         # Whole images differ in shape, so each replica gets one at a time.
         each = 1 if settings.data.eval_crop == "full" else world.replica_batch
         batch_size = each * world.replicas
-        min_side = rd.MS_SSIM_MIN_SIDE if settings.loss.metric == "ms-ssim" else 1
         z_offset = self.model.z_offset()
         totals = np.zeros(len(steps.EVAL_METRICS))
-        batches = stream.eval_batches(source, settings.data, world.lanes(batch_size), batch_size, min_side)
+        batches = stream.eval_batches(source, settings.data, world.lanes(batch_size), batch_size, self.min_side)
         with contextlib.closing(batches):
             for found in batches:
                 groups = [found[i : i + each] for i in range(0, len(found), each)]
@@ -424,13 +460,7 @@ class Trainer:
                 for place in found:
                     if place.skip:
                         self.name(place.skip)
-        found_means = steps.means(totals)
-        if not found_means["images"]:
-            raise DataError(
-                f"none of the {source.images} images set apart for evaluation can be used; "
-                f"lower data.eval_crop ({settings.data.eval_crop})"
-            )
-        return found_means
+        return steps.means(totals)
 
     def pictures(self) -> None:
         """Originals beside reconstructions, and the histogram of the scales, of the first validation images."""
@@ -439,13 +469,15 @@ class Trainer:
         began = time.perf_counter()
         source, settings = self.splits.val, self.settings
         shown: list[np.ndarray] = []
-        with contextlib.closing(stream.eval_batches(source, settings.data, range(1), 1)) as batches:
+        with contextlib.closing(stream.eval_batches(source, settings.data, range(1), 1, self.min_side)) as batches:
             for (place,) in batches:
                 if place.weight:
                     shown.append(place.image)
                 if len(shown) == settings.summaries.num_images:
                     break
         scales = []
+        if not shown:
+            return
         with self.optimizer.averaged_weights():
             z_offset = self.model.z_offset()
             for index, image in enumerate(shown):
@@ -462,20 +494,25 @@ class Trainer:
         self.report.histogram(
             "scales/log2", self.state.step, np.concatenate(scales), "log2 of the standard deviations of y"
         )
-        self.since_log["time"] += time.perf_counter() - began
+        self.log_began += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
         """The result of the best weights (by validation loss; else the last) on the test split."""
         step = self.state.step
-        if self.best.exists() and self.state.best_loss is not None:
-            arrays, state = checkpoint.load(self.best)
-            names = {f"model/{name}": v for name, v in self.model.named_variables().items()}
-            checkpoint.assign(names, arrays, str(self.best))
-            step = state["step"]
-            found = self.evaluate(self.splits.test) if self.splits.test.images else {}
-        else:
-            with self.optimizer.averaged_weights():
-                found = self.evaluate(self.splits.test) if self.splits.test.images else {}
+        weights: contextlib.AbstractContextManager[None] = self.optimizer.averaged_weights()
+        if self.state.best_loss is not None:
+            try:
+                arrays, state = checkpoint.load(self.best)
+            except ValueError as error:
+                self.terminal.warn(f"{error}; the result is that of the last weights instead of the best")
+            else:
+                names = {f"model/{name}": v for name, v in self.model.named_variables().items()}
+                checkpoint.assign(names, arrays, str(self.best))
+                step, weights = state["step"], contextlib.nullcontext()
+        found: Optional[dict[str, float]] = {}
+        if self.splits.test.images:
+            with weights:
+                found = self.evaluate(self.splits.test)
         if found is None:
             raise Stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
         return {

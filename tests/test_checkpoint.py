@@ -53,7 +53,7 @@ def test_every_damage_to_the_newest_is_found_and_the_one_before_used(tmp_path: P
 def test_only_damaged_checkpoints_are_an_error_not_a_new_start(tmp_path: Path) -> None:
     assert checkpoint.load_newest(tmp_path, print) is None
     checkpoint.path_of(tmp_path, 1).write_bytes(b"torn")
-    with pytest.raises(StorageError, match="none of the 1 checkpoints"):
+    with pytest.raises(ConfigError, match="none of the 1 checkpoints"):
         checkpoint.load_newest(tmp_path, lambda text: None)
 
 

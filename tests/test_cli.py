@@ -44,7 +44,7 @@ def test_every_command_explains_itself_with_an_example(hyperprior: Command, comm
         (
             ["data.eval_crop=256", "data.val=[flat.tar]", "train.steps=1", "train.validate_every=1"],
             3,
-            "lower data.eval_crop (256)",
+            "data.eval_crop=256; lower it",
         ),
         (["--run", "notes.txt"], 2, "notes.txt cannot be used"),
     ],
@@ -87,6 +87,7 @@ def test_inspect_names_everything_unusable(hyperprior: Command, tmp_path: Path) 
     (tmp_path / "t.tar").write_bytes(tar_bytes([("good.tar", inner), ("also.tar", tar_bytes(photos(3)))]))
     output = hyperprior("inspect", "t.tar", "--patch-size", "64").stdout
     assert "t.tar//good.tar: broken: a corrupt or truncated JPEG" in output
+    assert ".txt 1" in output
     assert "t.tar//good.tar: text: no PNG, BMP, TIFF or JPEG" in output
     report = json.loads(hyperprior("inspect", "t.tar", "--patch-size", "64", "--json").stdout)
     assert (report["shards"], report["images"], report["smaller_than_patch"]) == (2, 10, 1)

@@ -74,6 +74,11 @@ def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("data.val_split=0.99", "val_split + test_split is 1.09; nothing is left"),
         ("train.schedule=steps", "decay_steps is empty"),
         ("train=[1", "not valid YAML"),
+        ("seed={{x}}", "not valid YAML"),
+        ("seed=0x_", "not valid YAML"),
+        ("train.validate_every=-5.0", "an interval is a number of steps"),
+        ("train.validate_every=0.0", "an interval is a number of steps"),
+        ("train.steps=true", "steps is true; a number or text is expected"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(override: str, message: str, tmp_path: Path) -> None:
@@ -81,6 +86,13 @@ def test_a_bad_value_is_named_with_what_is_allowed(override: str, message: str, 
         load_config(write(tmp_path, "seed: 1\n"), [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_merge_keys_work(tmp_path: Path) -> None:
+    c = load_config(
+        write(tmp_path, "train: &t {batch_size: 4}\nmodel: {num_filters: 8}\n"), ["train={<<: {steps: 7}, ema: 0.5}"]
+    )
+    assert (c.train.steps, c.train.ema) == (7, 0.5)
 
 
 def test_ms_ssim_refuses_patches_it_cannot_measure() -> None:

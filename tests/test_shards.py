@@ -212,6 +212,41 @@ def test_a_directory_without_permission_is_an_error(tmp_path: Path) -> None:
     assert "sub cannot be read: Permission denied" in result.stdout, result.stderr
 
 
+def test_a_tar_of_tars_is_known_whatever_stands_first(tmp_path: Path) -> None:
+    inner = tar_bytes(photos(3))
+    for first in [("README.txt", b"hello"), ("._n0.tar", b"what macOS leaves")]:
+        (tmp_path / "t.tar").write_bytes(tar_bytes([first, ("n0.tar", inner), ("loose.jpg", b"x")]))
+        assert keys(open_sources([str(tmp_path / "t.tar")], "x")) == ["p000", "p001", "p002", "loose"]
+
+
+def test_tars_where_they_are_not_read_are_an_error(tmp_path: Path) -> None:
+    inner = tar_bytes(photos(3))
+    for members in ([("a.jpg", b"x"), ("n0.tar", inner)], [("n0.tar", tar_bytes([("deep.tar", inner)]))]):
+        (tmp_path / "t.tar").write_bytes(tar_bytes(members))
+        with pytest.raises(DataError, match=r"holds the tar (n0|deep)\.tar"):
+            keys(open_sources([str(tmp_path / "t.tar")], "x"))
+
+
+def test_mutated_tars_are_read_whole_or_refused(tmp_path: Path) -> None:
+    import random
+
+    whole = tar_bytes([("dir/" + "n" * 120 + ".tar", tar_bytes(photos(2))), ("x" * 150 + ".jpg", b"y" * 700)])
+    path = tmp_path / "t.tar"
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 1, 8])):
+            data[draw.randrange(2048) if draw.random() < 0.7 else draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        try:
+            keys(open_sources([str(path)], "x"))
+        except (DataError, ConfigError) as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 100
+
+
 # URLs -----------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +294,13 @@ def test_a_pipe_needs_permission(flat_tar: Path) -> None:
     assert len(keys(shards)) == 24
     with pytest.raises(DataError, match="pipe:"):
         keys(open_sources([f"pipe:cat {flat_tar}; exit 3"], "x", allow_pipe=True))
+    with pytest.raises(DataError, match="pipe:true"):
+        keys(open_sources(["pipe:true"], "x", allow_pipe=True))
+
+
+def test_an_unbalanced_pattern_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="is no pattern"):
+        open_sources(["a{0..3.tar"], "x")
 
 
 def test_no_descriptor_is_left_open(nested_tar: Path) -> None:

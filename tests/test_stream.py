@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_a_bad_image_is_skipped_in_its_lane_and_no_other_lane_moves(tmp_path: Pa
 
 def test_a_source_of_nothing_usable_is_an_error_not_an_endless_search(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_bytes([(f"{i}.png", encoded(photo(i, 30, 30), "PNG")) for i in range(8)]))
-    with pytest.raises(DataError, match="no usable image in a whole epoch.*30x30"):
+    with pytest.raises(DataError, match="no usable image in more than an epoch.*30x30"):
         read(settings(f"data.train=[{tmp_path / 't.tar'}]"), 1)
 
 
@@ -119,6 +120,51 @@ def test_more_lanes_than_images_is_an_error_with_the_numbers(tmp_path: Path) -> 
     (tmp_path / "t.tar").write_bytes(tar_bytes(photos(3)))
     with pytest.raises(DataError, match=r"3 images but train\.batch_size is 4"):
         read(settings(f"data.train=[{tmp_path / 't.tar'}]"), 1)
+
+
+def test_lanes_that_an_epoch_leaves_empty_go_on_in_the_next(nested_tar: Path) -> None:
+    # 21 images in 6 shards for 16 lanes: the parts of the small shards are often empty.
+    config = settings(f"data.train=[{nested_tar}]")
+    source = stream.open_splits(config.data, 16, count=False).train
+    batches = stream.batches(source, config.data, 0, range(16), 16, [Cursor()] * 16)
+    found = [next(batches) for _ in range(20)]
+    batches.close()
+    assert len({key for batch in found for key in batch.keys}) == 21
+
+
+def test_a_file_that_cannot_be_read_is_a_bad_image_not_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name, data in photos(8):
+        (folder / name).write_bytes(data)
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "far.png").write_bytes(encoded(photo(50), "PNG"))
+    (folder / "class").symlink_to(tmp_path / "linked")
+    found = read(settings(f"data.train=[{folder}]"), 12)
+    reasons = {skip.sample.split(": ")[1]: skip for batch in found for skip in batch.skipped}
+    assert set(reasons) == {"gone"} and "No such file" in reasons["gone"].reason
+    assert len({key for batch in found for key in batch.keys}) == 9  # the linked folder once, the loop not
+
+
+def test_counting_or_not_is_the_same_data(nested_tar: Path, flat_tar: Path) -> None:
+    config = settings(f"data.train=[{nested_tar}]", f"data.val=[{flat_tar}]")
+    prints = {stream.open_splits(config.data, 4, count=count).fingerprint() for count in (False, True)}
+    assert len(prints) == 1
+
+
+def test_waiting_for_input_can_be_given_up() -> None:
+    event = threading.Event()
+
+    def items():
+        event.wait(30)
+        yield 1
+
+    prefetch = stream.Prefetch(items())
+    assert prefetch.next(lambda: True) is None
+    event.set()
+    prefetch.close()
 
 
 def test_no_key_is_in_two_splits_and_max_images_holds(nested_tar: Path, flat_tar: Path) -> None:
@@ -160,9 +206,9 @@ def test_prefetch_hands_over_items_then_the_error() -> None:
         raise DataError("here")
 
     prefetch = stream.Prefetch(items())
-    assert [next(prefetch) for _ in range(5)] == list(range(5))
+    assert [prefetch.next() for _ in range(5)] == list(range(5))
     with pytest.raises(DataError, match="here"):
-        next(prefetch)
+        prefetch.next()
     prefetch.close()
     assert not prefetch.thread.is_alive()
 

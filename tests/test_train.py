@@ -54,6 +54,7 @@ def test_stopping_and_resuming_leaves_no_trace(
         f"data.train=[{nested_tar}]",
         "train.steps=20",
         "train.checkpoint_every=20",
+        "summaries.scalars_every=3",
         "train.ema=0.9",
         "train.schedule=cosine",
         f"data.val=[{nested_tar}]",
@@ -62,13 +63,13 @@ def test_stopping_and_resuming_leaves_no_trace(
     ]
     hyperprior("train", *arguments, "--run", "straight")
     process = start(tmp_path, *arguments, "--run", "stopped")
-    wait_for(tmp_path / "stopped", 7, process)
+    wait_for(tmp_path / "stopped", 2, process)  # two rows: step 6
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 75, output
     assert "start the same command again" in output
     middle = newest(tmp_path / "stopped")[1]["run"]["step"]  # type: ignore[index]
-    assert 7 <= middle < 20
+    assert 6 <= middle < 20
     hyperprior("train", *arguments, "--run", "stopped")
 
     (a, state_a), (b, state_b) = newest(tmp_path / "straight"), newest(tmp_path / "stopped")
@@ -384,3 +385,33 @@ def test_a_disk_that_fills_stops_the_run_resumably(
     step = newest(tmp_path / "r")[1]["run"]["step"]  # type: ignore[index]
     assert 4 <= step < 300
     assert f"resumed at step {step}" in hyperprior("train", *arguments, f"train.steps={step + 2}", "--run", "r").stdout
+
+
+def test_a_result_is_that_of_the_steps_that_were_trained(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = ["train", empty_config, *TINY, f"data.train=[{flat_tar}]", f"data.val=[{flat_tar}]", "--run", "r"]
+    arguments += ["train.validate_every=2"]
+    hyperprior(*arguments, "train.steps=2")
+    old = (tmp_path / "r" / "results.json").read_text()
+    hyperprior(*arguments, "train.steps=4")
+    (tmp_path / "r" / "results.json").write_text(old)  # as if the run had been killed before it wrote the new one
+    best = tmp_path / "r" / "checkpoints" / "best.npz"
+    best.write_bytes(best.read_bytes()[:-100])
+    result = hyperprior(*arguments, "train.steps=4")
+    assert "best.npz" in result.stderr and "damaged" in result.stderr
+    found = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert found["trained_steps"] == found["step"] == 4
+
+
+def test_a_stop_while_input_hangs_is_heard(tmp_path: Path, flat_tar: Path, empty_config: Path) -> None:
+    # Four shards of which no more than a part ever comes.
+    hanging = f"pipe:head -c 30000 {flat_tar}; sleep 60"
+    sources = ", ".join(f"'{hanging} # {i}'" for i in range(4))
+    arguments = [empty_config, *TINY, f"data.train=[{sources}]", "data.allow_pipe=true", "train.steps=50"]
+    process = start(tmp_path, *arguments, "data.shuffle_buffer=1", "train.validate_every=null", "--run", "r")
+    wait_for(tmp_path / "r", 1, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    newest(tmp_path / "r")
