@@ -31,7 +31,6 @@ def path_of(folder: Path, step: int) -> Path:
 
 def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
     """Writes a checkpoint. Raises StorageError; `path` then holds what it held before."""
-
     text = json.dumps({"format": FORMAT, "arrays": list(arrays), **state}).encode()
     buffer = io.BytesIO()  # numpy complains later, from nowhere, about a file that fails under it
     np.savez(buffer, state=np.frombuffer(text, np.uint8), **arrays)
@@ -76,7 +75,7 @@ def verify(path: Path) -> None:
             raise zipfile.BadZipFile(f"{bad} does not match its checksum")
 
 
-def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load(path: Path, expected: int | str = FORMAT) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, state) of a checkpoint; raises ValueError with the reason if it is damaged."""
     try:
         verify(path)
@@ -87,8 +86,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             raise ValueError("entries are missing")
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"{path} is damaged: {error}") from error
-    if state.get("format") != FORMAT:
-        raise ConfigError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
+    if state.get("format") != expected:
+        raise ConfigError(f"{path} has format {state.get('format')}; this version reads format {expected}")
     return arrays, state
 
 

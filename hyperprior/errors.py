@@ -2,7 +2,8 @@
 
 HyperpriorError
 ├── ConfigError    2   bad usage, bad config, a run directory that does not fit
-├── DataError      3   a source that is missing, damaged, empty or too bad to train on
+├── DataError      3   a source or image that is missing, damaged, empty or too bad to train on
+│   └── BitstreamError a compressed file that is damaged, or of another model or release
 ├── DivergedError  4   a loss or gradient that is not finite
 └── Stopped       75   stopped resumably (EX_TEMPFAIL): start the same command again
     └── StorageError   the disk refused a write; the last complete checkpoint is intact
@@ -25,6 +26,10 @@ class DataError(HyperpriorError):
     """A data source cannot be used as it is."""
 
     exit_code = 3
+
+
+class BitstreamError(DataError):
+    """A compressed file cannot be decoded with this model; nothing was written."""
 
 
 class DivergedError(HyperpriorError):

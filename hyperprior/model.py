@@ -44,13 +44,13 @@ class ScaleHyperprior(tf.Module):
         self.g_s = transforms.synthesis(n, m, dtype)
         self.h_a = transforms.hyper_analysis(m, h, dtype)
         self.h_s = transforms.hyper_synthesis(m, h, dtype)
-        self._prior = tfc.NoisyDeepFactorized(batch_shape=(h,))
+        self.prior = tfc.NoisyDeepFactorized(batch_shape=(h,))
         self._settings = settings
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every variable under a stable name such as `g_a/0/kernel` or `prior/matrix_0`."""
         named = {path.lstrip("/"): variable for path, variable in transforms.named_variables(self)}
-        for variable in self._prior.base.trainable_variables:
+        for variable in self.prior.base.trainable_variables:
             named["prior/" + variable.name.split("/")[-1].split(":")[0]] = variable
         return named
 
@@ -76,14 +76,14 @@ class ScaleHyperprior(tf.Module):
     @tf.function(autograph=False)
     def z_offset(self) -> tf.Tensor:
         """The median of each channel's prior, modulo 1: [hyper_channels]. Found by iteration: call it rarely."""
-        return tfc.quantization_offset(self._prior)
+        return tfc.quantization_offset(self.prior)
 
     def _decode(self, y: tf.Tensor, z: tf.Tensor) -> Forward:
         log_scales = self.h_s(z)
         return Forward(
             x_hat=self.g_s(y),
             bits_y=bits(tfc.NoisyNormal(loc=0.0, scale=self.scales(log_scales)), y),
-            bits_z=bits(self._prior, z),
+            bits_z=bits(self.prior, z),
             log_scales=log_scales,
         )
 

@@ -1,0 +1,89 @@
+"""Range coding with tables that are built once, at export, and shipped with the model.
+
+There is one table for each of y's standard deviations and one for each channel of z. A table covers the
+likely values and ends with an escape symbol; a value outside it is stored as an int16 beside the coded
+string. So decoding takes a number of steps that the image's size alone decides, whatever the bytes are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_compression as tfc
+from scipy import special
+
+from hyperprior import exact
+from hyperprior.config import Model
+
+PRECISION = 16  # bits of a probability, the most that the range coder takes
+TAIL_MASS = 2.0**-14  # at most this much probability is left to the escape
+MAX_HALF_WIDTH = 2048  # values on either side of zero
+
+
+class Tables(NamedTuple):
+    """`lookup`: [L] int32, each table as (precision, cumulative counts from 0 to 2¹⁶), one after another;
+    `first`: [tables] int32, the value of each table's symbol 0; `escape`: [tables] int32, its last symbol.
+
+    The tables of y come first, in order of scale, then those of z, in order of channel.
+    """
+
+    lookup: np.ndarray
+    first: np.ndarray
+    escape: np.ndarray
+
+
+def build(prior: tfc.NoisyDeepFactorized, z_offset: np.ndarray, settings: Model) -> Tables:
+    """Tables for y, Gaussians convolved with a unit box, and for z + z_offset under `prior`."""
+    pmfs = []  # (first value, probabilities)
+    low, step = exact.log_scale_table(settings)
+    for index in range(settings.num_scales):
+        scale = math.exp(low + step * index)
+        half = min(max(1, math.ceil(-special.ndtri(TAIL_MASS / 2) * scale - 0.5)), MAX_HALF_WIDTH)
+        edges = special.ndtr((np.arange(-half, half + 2) - 0.5) / scale)
+        pmfs.append((-half, np.diff(edges)))
+
+    grid = np.arange(-MAX_HALF_WIDTH, MAX_HALF_WIDTH + 1)
+    edges = np.append(grid - 0.5, MAX_HALF_WIDTH + 0.5).astype(np.float32)
+    # The prior is a float32 network: each side's tail is measured from its own end, where it is precise.
+    below = prior.base.cdf(edges[:, None] + z_offset).numpy().astype(np.float64)
+    above = prior.base.survival_function(edges[:, None] + z_offset).numpy().astype(np.float64)
+    for channel in range(len(z_offset)):
+        under, over = below[:, channel], above[:, channel]
+        likely = np.flatnonzero((under[1:] > TAIL_MASS / 2) & (over[:-1] > TAIL_MASS / 2))
+        begin, end = (likely[0], likely[-1] + 1) if likely.size else (MAX_HALF_WIDTH, MAX_HALF_WIDTH + 1)
+        mass = np.where(under[:-1] < 0.5, np.diff(under), -np.diff(over))
+        pmfs.append((int(grid[begin]), mass[begin:end]))
+
+    lookup, escape = [], []
+    for _, pmf in pmfs:
+        pmf = np.append(pmf, max(1.0 - pmf.sum(), 0.0)).astype(np.float32)
+        counts = tfc.pmf_to_quantized_cdf(pmf, precision=PRECISION).numpy()
+        lookup += [[PRECISION], counts]
+        escape.append(len(pmf) - 1)
+    return Tables(
+        np.concatenate(lookup).astype(np.int32),
+        np.array([first for first, _ in pmfs], np.int32),
+        np.array(escape, np.int32),
+    )
+
+
+def encode(handle: tf.Tensor, tables: Tables, values: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Appends `values` [B, …] int32, each by the table `index`, to encoders of shape [B].
+
+    Returns the encoders and where the values are that must be stored as escapes: [B, …] bool.
+    """
+    symbols = values - tf.gather(tables.first, index)
+    escape = tf.gather(tables.escape, index)
+    outside = (symbols < 0) | (symbols >= escape)
+    handle = tfc.entropy_encode_index(handle, index, tf.where(outside, escape, symbols))
+    return handle, outside
+
+
+def decode(handle: tf.Tensor, tables: Tables, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The inverse: (decoders, values [B, …] int32, where an escape stands instead)."""
+    handle, symbols = tfc.entropy_decode_index(handle, index, tf.shape(index)[1:], tf.int32)
+    return handle, symbols + tf.gather(tables.first, index), symbols >= tf.gather(tables.escape, index)
+

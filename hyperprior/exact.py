@@ -1,0 +1,102 @@
+"""h_s in integer arithmetic: the same scale indexes on every machine, thread count and library.
+
+A decoder whose scale index differs by one in one symbol decodes garbage from there on, and the rounding of
+float convolutions differs between machines. Here every number is an integer held in float64: weights are
+multiples of 2⁻¹⁶, activations multiples of 2⁻¹² clamped to ±4096, and `check` proves that no partial sum can
+reach 2⁵³. Below that every sum is exact, so its order cannot matter; clamping, scaling by powers of two and
+rounding are exact by IEEE 754.
+
+`layers` is a list of (kernel, bias): int32 [k, k, …] in units of 2⁻¹⁶ and int64 [out] in units of 2⁻²⁸. The
+last layer is scaled so that its output is the index into the table of scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from hyperprior import transforms
+from hyperprior.config import Model
+from hyperprior.errors import ConfigError
+
+WEIGHT_BITS, ACTIVATION_BITS, RANGE_BITS = 16, 12, 12
+SUM_BITS = WEIGHT_BITS + ACTIVATION_BITS
+EXACT = 2**53  # float64 holds every integer up to here
+
+Layers = Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+def integers(h_s: transforms.Transform, settings: Model) -> Layers:
+    """The layers of a trained h_s, whose output is the logarithm of the scales, as integers.
+
+    Raises ConfigError if a partial sum could leave the integers that float64 holds exactly.
+    """
+    low, step = log_scale_table(settings)
+    found = []
+    for number, layer in enumerate(h_s.layers):
+        kernel, bias = layer.kernel.numpy().astype(np.float64), layer.bias.numpy().astype(np.float64)
+        if number == len(h_s.layers) - 1:
+            kernel, bias = kernel / step, (bias - low) / step
+        kernel, bias = np.rint(kernel * 2.0**WEIGHT_BITS), np.rint(bias * 2.0**SUM_BITS)
+        check(kernel, bias, layer.transpose, f"h_s/{number}")
+        found.append((kernel.astype(np.int32), bias.astype(np.int64)))
+    return found
+
+
+def log_scale_table(settings: Model) -> tuple[float, float]:
+    """(logarithm of the smallest scale, step between logarithms): the table is log-spaced."""
+    low, high = math.log(settings.scale_min), math.log(settings.scale_max)
+    return low, (high - low) / (settings.num_scales - 1)
+
+
+def check(kernel: np.ndarray, bias: np.ndarray, transpose: bool, name: str) -> None:
+    """Proves that |partial sums| < 2⁵³ whatever the input, or raises ConfigError."""
+    taps = np.abs(kernel).sum(axis=(0, 1, 3) if transpose else (0, 1, 2))
+    bound = float(np.max(taps * 2.0 ** (ACTIVATION_BITS + RANGE_BITS) + np.abs(bias)))
+    # A NaN fails the comparison too; int32 must hold the kernel.
+    if not bound < EXACT or not np.abs(kernel).max() < 2**31:
+        raise ConfigError(
+            f"{name} cannot be made exact: its partial sums may reach {bound:.3g}, and must stay below 2**53; "
+            f"its weights are too large (a run that diverged?)"
+        )
+
+
+def offsets(z_offset: np.ndarray) -> np.ndarray:
+    """The quantisation offsets of z as int32 in units of 2⁻¹²: what the decoder adds to ẑ's integers."""
+    return np.rint(z_offset.astype(np.float64) * 2**ACTIVATION_BITS).astype(np.int32)
+
+
+def index_sums(z: tf.Tensor, z_offsets: tf.Tensor, layers: Layers) -> tf.Tensor:
+    """[B, h, w, C] integers of ẑ → [B, 4h, 4w, M] float64: the scale index in units of 2⁻²⁸, not yet rounded."""
+    # On the CPU even where there is a GPU: libraries there may transform convolutions, which adds roundings.
+    with tf.device("cpu:0"):
+        x = tf.cast(z, tf.float64) * 2.0**ACTIVATION_BITS + tf.cast(z_offsets, tf.float64)
+        limit = 2.0 ** (ACTIVATION_BITS + RANGE_BITS)
+        x = tf.clip_by_value(x, -limit, limit)
+        for number, (kernel, bias) in enumerate(layers):
+            last = number == len(layers) - 1
+            weights = tf.cast(kernel, tf.float64)
+            if last:
+                x = tf.nn.conv2d(x, weights, 1, "SAME")
+            else:
+                batch, height, width, _ = tf.unstack(tf.shape(x))
+                x = tf.nn.conv2d_transpose(x, weights, (batch, 2 * height, 2 * width, kernel.shape[2]), 2, "SAME")
+            x += tf.cast(bias, tf.float64)
+            if not last:
+                x = tf.round(tf.clip_by_value(x * 2.0**-WEIGHT_BITS, 0.0, limit))
+        return x
+
+
+def indexes(sums: tf.Tensor, num_scales: int) -> tf.Tensor:
+    """int32 indexes into the table of scales, rounded to the nearest entry."""
+    return tf.cast(tf.round(tf.clip_by_value(sums * 2.0**-SUM_BITS, 0.0, num_scales - 1.0)), tf.int32)
+
+
+def scales(sums: tf.Tensor, settings: Model) -> tf.Tensor:
+    """float32 standard deviations between the entries of the table, for estimates."""
+    low, step = log_scale_table(settings)
+    index = tf.clip_by_value(sums * 2.0**-SUM_BITS, 0.0, settings.num_scales - 1.0)
+    return tf.cast(tf.exp(low + step * index), tf.float32)

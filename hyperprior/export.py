@@ -1,0 +1,160 @@
+"""From a run directory to a model directory: what a decoder needs, made once and never rebuilt.
+
+    MODEL/
+      model.npz      weights, range-coding tables, integer h_s, config and fingerprint: what `codec.load` reads
+      model.json     the description alone, for people
+      saved_model/   the same codec as a TensorFlow SavedModel, for serving
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import tensorflow as tf
+
+import hyperprior
+from hyperprior import checkpoint, codec, config, container, entropy, exact, serving, stream
+from hyperprior.codec import Codec, Span
+from hyperprior.errors import ConfigError, DataError, StorageError
+from hyperprior.model import ScaleHyperprior
+from hyperprior.terminal import Terminal
+
+COST_IMAGES = 8
+
+
+@dataclasses.dataclass
+class Trained:
+    """The weights that a run ends with, by the model's names."""
+
+    arrays: dict[str, np.ndarray]
+    settings: config.Config
+    step: int
+
+
+def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
+    """Writes the model directory of a run, by default RUN/model, and returns its path.
+
+    Raises ConfigError if the run holds no checkpoint or cannot be made exact, StorageError if it cannot be
+    written; what `out` held is then still there. Does nothing where `out` is this run's export already.
+    """
+    out = out or run / "model"
+    if out.exists() and not (out / codec.WEIGHTS).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is no exported model; choose another --out")
+    trained = best_weights(run, terminal)
+    weights = codec.fingerprint(trained.arrays)
+    with contextlib.suppress(ConfigError, DataError):
+        if (done := codec.load(out)).info["weights"] == weights:
+            terminal.say(f"model    {out}, {done.fingerprint}: exported already")
+            return out
+
+    model = ScaleHyperprior(trained.settings.model)
+    checkpoint.assign(model.named_variables(), trained.arrays, str(run))
+    arrays = constants(model, trained)
+    info = {"step": trained.step, "weights": weights, "version": hyperprior.__version__}
+    made = Codec(dict(arrays), trained.settings, info, str(out))
+    info["exactness"] = cost(model, made)
+    description = {
+        "format": codec.FORMAT,
+        "fingerprint": made.fingerprint,
+        "info": info,
+        "config": trained.settings.to_dict(),
+    }
+    aside = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.save(aside / codec.WEIGHTS, arrays, description)
+        checkpoint.write_text(aside / "model.json", json.dumps(description, indent=2) + "\n")
+        serving.save(made, aside / "saved_model")
+        if out.exists():
+            shutil.rmtree(out)
+        aside.rename(out)
+    except (OSError, tf.errors.OpError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(f"{out} cannot be written: {error}") from error
+    terminal.say(f"model    {out}, {made.fingerprint}, weights of step {trained.step}")
+    terminal.say(f"         {describe_cost(info['exactness'])}")
+    return out
+
+
+def best_weights(run: Path, terminal: Terminal) -> Trained:
+    """The best weights by validation loss; without one the last, averaged if the run keeps an average."""
+    newest = checkpoint.load_newest(run / "checkpoints", terminal.warn) if run.is_dir() else None
+    if newest is None:
+        raise ConfigError(f"{run} holds no run with a checkpoint; `hyperprior train CONFIG --run {run}` makes one")
+    arrays, state = newest
+    settings = config.validate(state["config"], str(run))
+    if state["run"]["best_loss"] is not None:
+        try:
+            best, of_best = checkpoint.load(run / "checkpoints" / "best.npz")
+            if of_best["step"] == state["run"]["best_step"]:
+                return Trained(strip("model/", best), settings, of_best["step"])
+            terminal.warn(f"best.npz is of step {of_best['step']}, the run's best is {state['run']['best_step']}")
+        except ValueError as error:
+            terminal.warn(f"{error}")
+        terminal.warn("the last weights are exported instead of the best")
+    last = {**strip("model/", arrays), **strip("optimizer/average/", arrays)}
+    return Trained(last, settings, state["run"]["step"])
+
+
+def strip(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def constants(model: ScaleHyperprior, trained: Trained) -> dict[str, np.ndarray]:
+    """Everything that `Codec` is made of. Raises ConfigError where weights are not finite or too large."""
+    for name, array in trained.arrays.items():
+        if not np.isfinite(array).all():
+            raise ConfigError(f"`{name}` of step {trained.step} is not finite; the run diverged")
+    settings = trained.settings.model
+    z_offsets = exact.offsets(model.z_offset().numpy())
+    tables = entropy.build(model.prior, z_offsets / np.float32(2**exact.ACTIVATION_BITS), settings)
+    arrays = {name: array for name, array in trained.arrays.items() if not name.startswith("h_s/")}
+    for i, (kernel, bias) in enumerate(exact.integers(model.h_s, settings)):
+        arrays |= {f"h_s/{i}/kernel": kernel, f"h_s/{i}/bias": bias}
+    return {**arrays, "z_offsets": z_offsets, **{f"tables/{k}": v for k, v in tables._asdict().items()}}
+
+
+def cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
+    """What integers and tables cost in rate on a few held-out images of the run: bits per pixel by
+
+    the float model's estimate, the estimate with integer h_s, and real files. Distortion is the same.
+    """
+    data = made.config.data
+    pixels, estimate, exact_estimate, real = 0, 0.0, 0.0, 0
+    try:
+        splits = stream.open_splits(data, made.config.train.batch_size, count=False)
+        source = splits.val if splits.val.images else splits.test
+        if not source.images:
+            return {"images": 0, "reason": "the run holds no images out"}
+        count, offset = 0, model.z_offset()
+        with contextlib.closing(stream.eval_batches(source, data, range(1), 1)) as places:
+            for (place,) in places:
+                if place.weight and count < COST_IMAGES:
+                    whole = [Span(0, n, 0, n) for n in (container.blocks(s) * 4 for s in place.image.shape[:2])]
+                    x = tf.constant(codec.cut(place.image, *whole)[None], tf.float32) / 255.0
+                    out = model.round(x, offset)
+                    count += 1
+                    pixels += place.image.shape[0] * place.image.shape[1]
+                    estimate += float(out.bits_y[0] + out.bits_z[0])
+                    exact_estimate += made.estimated_bits(place.image)
+                    real += 8 * len(made.compress(place.image))
+    except DataError as error:
+        return {"images": 0, "reason": str(error)}
+    values = {"bpp_float": estimate, "bpp_exact": exact_estimate, "bpp_file": real}
+    return {"images": count, **{name: bits / max(pixels, 1) for name, bits in values.items()}}
+
+
+def describe_cost(found: dict[str, Any]) -> str:
+    if not found["images"]:
+        return f"the cost of exactness was not measured: {found.get('reason', 'no image could be used')}"
+    share = found["bpp_exact"] / found["bpp_float"] - 1.0
+    return (
+        f"integer h_s costs {share:+.3%} of the rate; files take {found['bpp_file']:.4f} bpp, estimate "
+        f"{found['bpp_float']:.4f} ({found['images']} held-out images)"
+    )
