@@ -20,6 +20,12 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 Overrides = Annotated[
     Optional[list[str]], typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace those of CONFIG.")
 ]
+Model = Annotated[
+    Optional[str], typer.Option(help="A run, or what `hyperprior export` wrote. Default: $HYPERPRIOR_MODEL.")
+]
+Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")]
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="Tars, directories, patterns or URLs.")]
 
 
@@ -52,7 +58,7 @@ def train(
     run: Annotated[
         Optional[Path], typer.Option(help="Run directory; resumed if it holds a run. Default: runs/NAME-OF-CONFIG.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train, or resume, a run; ends with its result on held-out images.
 
@@ -67,8 +73,85 @@ def train(
     keep_freed_memory()
     from hyperprior import train as job
 
-    for line in job.describe_result(job.train(settings, folder, terminal), folder):
+    result = job.train(settings, folder, terminal)
+    if result is None:  # not the chief: the rest is its business
+        return
+    from hyperprior.export import export
+
+    export(folder, None, terminal)
+    for line in job.describe_result(result, folder):
         terminal.say(line)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    out: Annotated[Optional[Path], typer.Option(help="The model directory. Default: RUN/model.")] = None,
+) -> None:
+    """Make a codec of a run's best weights. Training ends with it; do it by hand for a run that goes on.
+
+    Example: `hyperprior export runs/a --out models/a`
+    """
+    from hyperprior import export as job
+    from hyperprior.terminal import Terminal
+
+    job.export(run, out, Terminal())
+
+
+@app.command()
+def compress(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Images, directories, or - for stdin.")],
+    model: Model = None,
+    out: Out = None,
+    force: Force = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Decode too, and tell PSNR and MS-SSIM.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress images to .hyp files.
+
+    Example: `hyperprior compress photos/ --model runs/a -o compressed/`
+    """
+    from hyperprior import files
+    from hyperprior.terminal import Terminal
+
+    files.compress(images, model, out, force, verify, Terminal(quiet, to_stderr="-" in (out, *images)))
+
+
+@app.command()
+def decompress(
+    hyp: Annotated[list[str], typer.Argument(metavar="FILE", help=".hyp files, directories, or - for stdin.")],
+    model: Model = None,
+    out: Out = None,
+    suffix: Annotated[str, typer.Option("--format", help="Extension of files that -o does not name.")] = ".png",
+    force: Force = False,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse larger images.")] = 178_956_970,
+    quiet: Quiet = False,
+) -> None:
+    """Decompress .hyp files to PNG, or another format by its extension.
+
+    Example: `hyperprior decompress compressed/ --model runs/a -o decoded/`
+    """
+    from hyperprior import files
+    from hyperprior.terminal import Terminal
+
+    terminal = Terminal(quiet, to_stderr="-" in (out, *hyp))
+    files.decompress(hyp, model, out, "." + suffix.lower().lstrip("."), force, max_pixels, terminal)
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(metavar="FILE.hyp|MODEL|RUN")],
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a file, a model or a run says of itself, and whether a model fits a file; nothing is decoded.
+
+    Example: `hyperprior info photo.hyp --model runs/a`
+    """
+    from hyperprior import files
+
+    found = files.info(path, model)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(files.lines(found)))
 
 
 @app.command()

@@ -77,7 +77,9 @@ class Codec:
         self.z_index = np.arange(settings.model.num_scales, settings.model.num_scales + c, dtype=np.int32)
 
         def function(run: Any, channels: int, dtype: tf.DType) -> Any:
-            return tf.function(run, input_signature=[tf.TensorSpec([None, None, None, channels], dtype)], autograph=False)
+            return tf.function(
+                run, input_signature=[tf.TensorSpec([None, None, None, channels], dtype)], autograph=False
+            )
 
         self.analyse = function(self._analyse, 3, tf.uint8)
         self.hyper_analyse = function(self._hyper_analyse, m, tf.float32)
@@ -117,7 +119,7 @@ class Codec:
                 raise DataError(f"an image is [H, W, 3] uint8; found {list(image.shape)} {image.dtype}")
             container.check_size(*image.shape[:2])
         files: list[bytes] = [b""] * len(images)
-        for group in batches([image.shape[:2] for image in images]):
+        for group in batches([(image.shape[0], image.shape[1]) for image in images]):
             chosen = [images[i] for i in group]
             for i, coded in zip(group, self._encode(*self._latents(chosen))):
                 height, width = images[i].shape[:2]

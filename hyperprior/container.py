@@ -1,17 +1,17 @@
 """The `.hyp` file: everything is checked here, before the range decoder is touched.
 
-    offset  size  little-endian
-         0     4  magic, 89 48 59 50
-         4     1  format version, 1
-         5     8  fingerprint of the model: the start of the SHA-256 of its weights and tables
-        13     2  height in pixels
-        15     2  width in pixels
-        17     4  length C of the range-coded string
-        21     4  number E of escapes
-        25     4  checksum of the symbols
-        29     C  range-coded symbols: ẑ, then ŷ, each by row, column, channel
-    29 + C    2E  escapes, int16: the values outside their tables, in coding order
-               4  CRC-32 of all bytes before it
+offset  size  little-endian
+     0     4  magic, 89 48 59 50
+     4     1  format version, 1
+     5     8  fingerprint of the model: the start of the SHA-256 of its weights and tables
+    13     2  height in pixels
+    15     2  width in pixels
+    17     4  length C of the range-coded string
+    21     4  number E of escapes
+    25     4  checksum of the symbols
+    29     C  range-coded symbols: ẑ, then ŷ, each by row, column, channel
+29 + C    2E  escapes, int16: the values outside their tables, in coding order
+           4  CRC-32 of all bytes before it
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import numpy as np
 
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.errors import BitstreamError, DataError
+from hyperprior.images import MAX_PIXELS as MAX_PIXELS
 
 MAGIC, VERSION = b"\x89HYP", 1
 HEADER = struct.Struct("<4sB8sHHIII")
 OVERHEAD = HEADER.size + 4  # bytes that are not payload
 MAX_SIDE = 65_535
-MAX_PIXELS = 178_956_970  # by default: the size above which images are refused on the way in, too
 
 
 class Stream(NamedTuple):
@@ -45,9 +45,7 @@ class Stream(NamedTuple):
 
 def write(stream: Stream) -> bytes:
     counts = len(stream.coded), len(stream.escapes)
-    header = HEADER.pack(
-        MAGIC, VERSION, stream.fingerprint, stream.height, stream.width, *counts, stream.checksum
-    )
+    header = HEADER.pack(MAGIC, VERSION, stream.fingerprint, stream.height, stream.width, *counts, stream.checksum)
     body = header + stream.coded + stream.escapes.astype("<i2").tobytes()
     return body + struct.pack("<I", zlib.crc32(body))
 
@@ -72,9 +70,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
     if height * width > max_pixels:
         raise BitstreamError(f"an image of {width}x{height} pixels; at most {max_pixels:,} are decoded")
     at = HEADER.size + coded
-    return Stream(
-        fingerprint, height, width, data[HEADER.size : at], np.frombuffer(data, "<i2", escapes, at), checksum
-    )
+    return Stream(fingerprint, height, width, data[HEADER.size : at], np.frombuffer(data, "<i2", escapes, at), checksum)
 
 
 def check_size(height: int, width: int) -> None:

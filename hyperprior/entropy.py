@@ -86,4 +86,3 @@ def decode(handle: tf.Tensor, tables: Tables, index: tf.Tensor) -> tuple[tf.Tens
     """The inverse: (decoders, values [B, …] int32, where an escape stands instead)."""
     handle, symbols = tfc.entropy_decode_index(handle, index, tf.shape(index)[1:], tf.int32)
     return handle, symbols + tf.gather(tables.first, index), symbols >= tf.gather(tables.escape, index)
-

@@ -36,9 +36,10 @@ def integers(h_s: transforms.Transform, settings: Model) -> Layers:
     """
     low, step = log_scale_table(settings)
     found = []
-    for number, layer in enumerate(h_s.layers):
+    convolutions: list[transforms.Conv] = list(h_s.layers)  # type: ignore[arg-type]
+    for number, layer in enumerate(convolutions):
         kernel, bias = layer.kernel.numpy().astype(np.float64), layer.bias.numpy().astype(np.float64)
-        if number == len(h_s.layers) - 1:
+        if number == len(convolutions) - 1:
             kernel, bias = kernel / step, (bias - low) / step
         kernel, bias = np.rint(kernel * 2.0**WEIGHT_BITS), np.rint(bias * 2.0**SUM_BITS)
         check(kernel, bias, layer.transpose, f"h_s/{number}")

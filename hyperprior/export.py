@@ -1,9 +1,9 @@
 """From a run directory to a model directory: what a decoder needs, made once and never rebuilt.
 
-    MODEL/
-      model.npz      weights, range-coding tables, integer h_s, config and fingerprint: what `codec.load` reads
-      model.json     the description alone, for people
-      saved_model/   the same codec as a TensorFlow SavedModel, for serving
+MODEL/
+  model.npz      weights, range-coding tables, integer h_s, config and fingerprint: what `codec.load` reads
+  model.json     the description alone, for people
+  saved_model/   the same codec as a TensorFlow SavedModel, for serving
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
     model = ScaleHyperprior(trained.settings.model)
     checkpoint.assign(model.named_variables(), trained.arrays, str(run))
     arrays = constants(model, trained)
-    info = {"step": trained.step, "weights": weights, "version": hyperprior.__version__}
+    info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": hyperprior.__version__}
     made = Codec(dict(arrays), trained.settings, info, str(out))
     info["exactness"] = cost(model, made)
     description = {

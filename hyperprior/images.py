@@ -2,17 +2,21 @@
 
 JPEG is decoded by TensorFlow, only the patch where that is enough; everything else by Pillow. Grayscale and
 palettes become RGB, 16 bits are scaled to 8, CMYK is converted without a profile, and transparency is
-flattened onto white, as a viewer shows it.
+flattened onto white, as a viewer shows it. Photographs to compress are turned upright; to training it does
+not matter.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
+from typing import Optional
 
 import numpy as np
 from PIL import Image
 
+TRAINED_ON = ("PNG", "BMP", "TIFF", "JPEG")  # formats as Pillow names them
 MAX_PIXELS = 178_956_970  # a larger image is taken for a decompression bomb, here as in Pillow
 
 
@@ -90,6 +94,42 @@ def enlarge(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))
 
 
+def photograph(data: bytes) -> tuple[np.ndarray, list[str]]:
+    """The whole image of any format, upright by its EXIF tag, [H, W, 3] uint8, and notes on what was dropped.
+
+    Raises Unusable.
+    """
+    opened = open_image(data, formats=None)
+    notes = []
+    if opened.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in opened.info:
+        notes.append("transparency is flattened onto white")
+    if opened.mode == "CMYK":
+        notes.append("CMYK is converted without a colour profile")
+    elif opened.info.get("icc_profile"):
+        notes.append("its colour profile is dropped")
+    if opened.mode.startswith("I"):
+        notes.append("16 bits are reduced to 8")
+    if (frames := getattr(opened, "n_frames", 1)) > 1:
+        notes.append(f"only the first of {frames} frames is kept")
+    try:
+        orientation = opened.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises many types for broken EXIF data; other viewers ignore it
+        orientation = 1
+    pixels = decode(data) if is_jpeg(data) else to_rgb(opened)
+    return np.ascontiguousarray(upright(pixels, orientation)), notes
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, 3] as EXIF's orientation tag, 1 to 8, says that it is meant; other values mean nothing."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
 # JPEG -----------------------------------------------------------------------------------------------------
 
 
@@ -131,12 +171,15 @@ def decode_jpeg(data: bytes, window: tuple[int, int, int, int] | None = None) ->
 # Everything else ------------------------------------------------------------------------------------------
 
 
-def open_image(data: bytes) -> Image.Image:
-    """The image with its header read, not yet decoded. Raises Unusable."""
+def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINED_ON) -> Image.Image:
+    """The image with its header read, not yet decoded; `formats` None: whatever Pillow opens. Raises Unusable."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF", "JPEG"))
+        with warnings.catch_warnings():  # the size is checked below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Exception as error:  # Pillow raises a dozen types for broken headers
-        raise Unusable("no PNG, BMP, TIFF or JPEG" if isinstance(error, OSError) else str(error)) from error
+        names = "an image that Pillow knows" if formats is None else "PNG, BMP, TIFF or JPEG"
+        raise Unusable(f"no {names}" if isinstance(error, OSError) else str(error)) from error
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise Unusable(f"an image of {image.width}x{image.height} pixels")
     return image

@@ -84,7 +84,11 @@ def save(codec: Codec, folder: Path) -> None:
         handle, y, y_escaped = entropy.decode(handle, codec.tables, codec.indexes(z))
         y = fill(y, y_escaped, escapes[in_z:])
         tf.debugging.Assert(checksum(z, y) == expected, ["decodes to other symbols than were encoded"])
-        return {"image": codec.synthesise(tf.cast(y, tf.float32))[0, : tf.cast(height, tf.int32), : tf.cast(width, tf.int32)]}
+        return {
+            "image": codec.synthesise(tf.cast(y, tf.float32))[
+                0, : tf.cast(height, tf.int32), : tf.cast(width, tf.int32)
+            ]
+        }
 
     signatures = {"compress": compress, "decompress": decompress}
     tf.saved_model.save(module, str(folder), signatures)

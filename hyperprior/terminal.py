@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Terminal:
     """`say` for what happens, `warn` for what may be wrong, `track` for what takes long."""
 
-    def __init__(self, quiet: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+    def __init__(self, quiet: bool = False, to_stderr: bool = False):
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet, stderr=to_stderr)
         self.errors = Console(highlight=False, soft_wrap=True, stderr=True)
         self._progress: Optional[Progress] = None
 

@@ -81,8 +81,10 @@ class StopRequest:
             raise Stopped("stopped before training began; start the same command again")
 
 
-def train(settings: Config, run: Path, terminal: Terminal) -> dict[str, Any]:
+def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str, Any]]:
     """Trains in the directory `run`, resuming what it holds, and returns the test result (results.json).
+
+    Workers that are not the chief return None.
 
     Raises ConfigError, DataError, DivergedError, or Stopped when asked to stop; the run's directory then
     holds a complete checkpoint.
@@ -92,7 +94,8 @@ def train(settings: Config, run: Path, terminal: Terminal) -> dict[str, Any]:
     world = World(settings.distribute, settings.train.batch_size)
     stop.install()
     with checkpoint.only_one(run) if world.is_chief else contextlib.nullcontext():
-        return Trainer(settings, run, terminal, world, stop).run_to_end()
+        result = Trainer(settings, run, terminal, world, stop).run_to_end()
+    return result if world.is_chief else None
 
 
 class Trainer:

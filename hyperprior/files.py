@@ -1,0 +1,264 @@
+"""Many files in, many files out: `hyperprior compress`, `decompress` and `info`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Optional
+
+import numpy as np
+from PIL import Image
+
+from hyperprior import checkpoint, container, images
+from hyperprior.errors import ConfigError, DataError, HyperpriorError
+from hyperprior.terminal import Terminal
+
+if TYPE_CHECKING:
+    from hyperprior.codec import Codec
+
+SUFFIX = ".hyp"
+STANDARD = "-"  # standard input or output
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm")
+
+
+class Job(NamedTuple):
+    source: str
+    target: str
+
+
+def write(data: bytes, file: IO[bytes]) -> None:
+    file.write(data)
+
+
+def plan(
+    sources: Sequence[str], out: Optional[str], suffixes: Sequence[str], new_suffix: str, force: bool
+) -> list[Job]:
+    """Which file becomes which: beside it, or in or as `out`; directories are searched for `suffixes`.
+
+    Raises ConfigError, before anything is read: a source that is missing, two sources for one target, a target
+    that exists and may not be overwritten.
+    """
+    found: list[tuple[str, str]] = []  # source, path below the output directory
+    for source in sources:
+        path = Path(source)
+        if source == STANDARD or path.is_file():
+            found.append((source, path.name))
+        elif path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in suffixes and p.is_file()]
+            if not inside:
+                raise ConfigError(f"{path} holds no file with one of {', '.join(suffixes)}")
+            found += [(str(p), str(p.relative_to(path))) for p in inside]
+        else:
+            raise ConfigError(f"{source} does not exist")
+    several = len(found) > 1 or any(Path(source).is_dir() for source in sources)
+    if out == STANDARD and several:
+        raise ConfigError(f"{len(found)} files cannot all go to standard output; give a directory with -o")
+    folder = None
+    if out not in (None, STANDARD) and (several or out.endswith(os.sep) or Path(out).is_dir()):
+        folder = Path(out)
+        if folder.is_file():
+            raise ConfigError(f"{out} is a file; {len(found)} files need a directory")
+    jobs = []
+    for source, name in found:
+        if folder is not None:
+            target = str(folder / Path("stdin" if source == STANDARD else name).with_suffix(new_suffix))
+        else:
+            target = out or (STANDARD if source == STANDARD else str(Path(source).with_suffix(new_suffix)))
+        jobs.append(Job(source, target))
+    seen: dict[str, str] = {}
+    for job in jobs:
+        if job.target in seen and job.target != STANDARD:
+            raise ConfigError(f"{seen[job.target]} and {job.source} would both become {job.target}")
+        seen[job.target] = job.source
+        if job.target == job.source != STANDARD:
+            raise ConfigError(f"{job.source} would overwrite itself; give another -o")
+        if job.target != STANDARD and not force and Path(job.target).exists():
+            raise ConfigError(f"{job.target} exists; --force overwrites it")
+    return jobs
+
+
+def run(
+    jobs: Sequence[Job], label: str, convert: Callable[[Job, bytes], tuple[bytes, str]], terminal: Terminal
+) -> None:
+    """Converts file by file, with a line for each; what fails is named, and the others go on.
+
+    Raises DataError at the end if any failed: the only one's own error, or how many did.
+    """
+    failed: list[HyperpriorError] = []
+    with terminal.track(label, len(jobs)) as track:
+        for done, job in enumerate(jobs, 1):
+            try:
+                try:
+                    data = sys.stdin.buffer.read() if job.source == STANDARD else Path(job.source).read_bytes()
+                except OSError as error:
+                    raise DataError(f"cannot be read: {error.strerror}") from error
+                result, line = convert(job, data)
+            except (DataError, images.Unusable) as error:
+                kind = type(error) if isinstance(error, DataError) else DataError
+                failed.append(kind(f"{job.source}: {error}"))
+                if len(jobs) > 1:
+                    terminal.warn(str(failed[-1]))
+                continue
+            if job.target == STANDARD:
+                sys.stdout.buffer.write(result)
+                sys.stdout.buffer.flush()
+            else:
+                checkpoint.write_whole(Path(job.target), functools.partial(write, result))
+            terminal.say(f"{job.source} → {job.target}  {line}")
+            track.update(done)
+    if failed:
+        raise failed[0] if len(jobs) == 1 else DataError(f"{len(failed)} of {len(jobs)} files failed")
+
+
+def compress(
+    sources: Sequence[str], model: Optional[str], out: Optional[str], force: bool, verify: bool, terminal: Terminal
+) -> None:
+    jobs = plan(sources, out, IMAGE_SUFFIXES, SUFFIX, force)
+    codec = open_model(model)
+
+    def convert(job: Job, data: bytes) -> tuple[bytes, str]:
+        image, notes = images.photograph(data)
+        began = time.perf_counter()
+        file = codec.compress(image)
+        seconds = time.perf_counter() - began
+        parts = [describe(len(file), image.shape[0], image.shape[1]), f"{seconds:.2f} s"]
+        if verify:
+            parts.append(quality(image, codec.decompress(file)))
+        return file, "  ".join(parts) + "".join(f"\n  note: {note}" for note in notes)
+
+    run(jobs, "compressing", convert, terminal)
+
+
+def decompress(
+    sources: Sequence[str],
+    model: Optional[str],
+    out: Optional[str],
+    suffix: str,
+    force: bool,
+    max_pixels: int,
+    terminal: Terminal,
+) -> None:
+    jobs = plan(sources, out, (SUFFIX,), suffix, force)
+    known = Image.registered_extensions()
+
+    def ending(job: Job) -> str:
+        return suffix if job.target == STANDARD else Path(job.target).suffix.lower()
+
+    for job in jobs:
+        if known.get(ending(job)) not in Image.SAVE:
+            raise ConfigError(f"{job.target}: Pillow writes no `{ending(job)}`; .png, .jpg, .webp and .tif are common")
+    codec = open_model(model)
+
+    def convert(job: Job, data: bytes) -> tuple[bytes, str]:
+        began = time.perf_counter()
+        pixels = codec.decompress(data, max_pixels)
+        seconds = time.perf_counter() - began
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, known[ending(job)])
+        return file.getvalue(), f"{pixels.shape[1]}x{pixels.shape[0]}  {seconds:.2f} s"
+
+    run(jobs, "decompressing", convert, terminal)
+
+
+def open_model(model: Optional[str]) -> Codec:
+    """The codec that --model or HYPERPRIOR_MODEL names. Raises ConfigError."""
+    model = model or os.environ.get("HYPERPRIOR_MODEL")
+    if not model:
+        raise ConfigError(
+            "no model: --model takes a run or what `hyperprior export` wrote; HYPERPRIOR_MODEL sets a default"
+        )
+    from hyperprior import codec
+
+    return codec.load(model)
+
+
+def describe(num_bytes: int, height: int, width: int) -> str:
+    pixels = height * width
+    return f"{width}x{height}  {num_bytes:,} bytes  {8 * num_bytes / pixels:.3f} bpp  {3 * pixels / num_bytes:.1f}:1"
+
+
+def quality(image: np.ndarray, decoded: np.ndarray) -> str:
+    """PSNR and, where the image is large enough, MS-SSIM of 8-bit images."""
+    import tensorflow as tf
+
+    from hyperprior import rd
+
+    x, x_hat = (tf.constant(pixels[None], tf.float32) / 255.0 for pixels in (image, decoded))
+    text = f"PSNR {float(rd.psnr_db(rd.mse(x, x_hat))[0]):.2f} dB"
+    if min(image.shape[:2]) >= rd.MS_SSIM_MIN_SIDE:
+        text += f"  MS-SSIM {float(rd.ms_ssim(x, x_hat)[0]):.4f}"
+    return text
+
+
+# info -----------------------------------------------------------------------------------------------------
+
+
+def info(path: Path, model: Optional[str]) -> dict[str, Any]:
+    """What a `.hyp` file, a model or a run says of itself, without decoding anything.
+
+    Raises ConfigError if it is none of them, DataError if it is damaged.
+    """
+    if path.is_file():
+        data = path.read_bytes()
+        stream = container.read(data, max_pixels=2**32)
+        found = {
+            "kind": "compressed image",
+            "width": stream.width,
+            "height": stream.height,
+            "bytes": len(data),
+            "bpp": 8 * len(data) / (stream.width * stream.height),
+            "version": container.VERSION,
+            "model": stream.fingerprint.hex(),
+            "symbols_bytes": len(stream.coded),
+            "escapes": len(stream.escapes),
+            "checksum": f"{stream.checksum:08x}",
+        }
+        if model or (model := os.environ.get("HYPERPRIOR_MODEL")):
+            description = describe_model(Path(model))
+            found["fits"] = description["fingerprint"] == found["model"]
+            found["given_model"] = f"{model}, {description['fingerprint']}"
+        return found
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist")
+    if not (path / "checkpoints").is_dir():
+        return {"kind": "model", **describe_model(path)}
+    newest = checkpoint.load_newest(path / "checkpoints", lambda text: None)
+    if newest is None:
+        raise ConfigError(f"{path} holds no checkpoint yet")
+    state = newest[1]["run"]
+    found = {"kind": "run", "step": state["step"], "best_step": state["best_step"], "best_loss": state["best_loss"]}
+    with contextlib.suppress(ConfigError):
+        found["exported"] = describe_model(path)
+    with contextlib.suppress(OSError, ValueError):
+        found["result"] = json.loads((path / "results.json").read_text())
+    return found
+
+
+def describe_model(path: Path) -> dict[str, Any]:
+    """The description that export wrote: fingerprint, dimensions, lambda, step, cost of exactness."""
+    folder = path if (path / "model.json").is_file() else path / "model"
+    try:
+        description = json.loads((folder / "model.json").read_text())
+        found = {"fingerprint": description["fingerprint"], "format": description["format"]}
+        return {**found, **description["config"]["model"], **description["config"]["loss"], **description["info"]}
+    except FileNotFoundError:
+        raise ConfigError(f"{path} holds no exported model; `hyperprior export RUN` makes one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'model.json'} is damaged: {error}; export the model again") from error
+
+
+def lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}"
+            yield from lines(value, indent + "  ")
+        else:
+            shown = f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+            yield f"{indent}{name:<16} {shown}"

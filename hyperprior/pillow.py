@@ -1,0 +1,50 @@
+"""`import hyperprior.pillow` teaches Pillow the `.hyp` format.
+
+    Image.open("photo.hyp")                 the size from the header; decoded when pixels are asked for
+    image.save("photo.hyp", model="MODEL")  a model directory, a run, or a Codec
+
+Without `model` both use the one that the environment variable HYPERPRIOR_MODEL names.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import IO, Any, Optional
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from hyperprior import container, files
+
+open_model = functools.lru_cache(maxsize=8)(files.open_model)
+
+
+class HypImageFile(ImageFile.ImageFile):
+    format, format_description = "HYP", "hyperprior compressed image"
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        self._data: Optional[bytes] = self.fp.read()
+        stream = container.read(self._data)
+        self._mode, self._size = "RGB", (stream.width, stream.height)
+
+    def load(self) -> Any:
+        if self._data is not None:
+            self.im = Image.fromarray(open_model(None).decompress(self._data)).im
+            self._data = None
+        return super().load()
+
+
+def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
+    model: Any = image.encoderinfo.get("model")
+    codec = model if hasattr(model, "compress") else open_model(None if model is None else str(model))
+    file.write(codec.compress(np.asarray(image.convert("RGB"))))
+
+
+def accept(prefix: bytes) -> bool:
+    return prefix[: len(container.MAGIC)] == container.MAGIC
+
+
+Image.register_open(HypImageFile.format, HypImageFile, accept)
+Image.register_save(HypImageFile.format, save)
+Image.register_extension(HypImageFile.format, files.SUFFIX)
