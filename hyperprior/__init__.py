@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from hyperprior.codec import Codec
 
 __version__ = "0.1.0"
+
+# TensorFlow reads this when it is first imported. By itself it turns its oneDNN kernels on only where a CPU has
+# AVX512-VNNI or AMX; with AVX2 alone they halve the time of the codec's transforms (not of a training step).
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 def load(path: str | Path) -> Codec:

@@ -69,7 +69,7 @@ class GDN(tf.Module):
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         wide = tf.cast(x, tf.float32)
-        norm = tf.nn.conv2d(tf.square(wide), self.gamma()[None, None], 1, "VALID") + self.beta()
+        norm = tf.nn.bias_add(tf.nn.conv2d(tf.square(wide), self.gamma()[None, None], 1, "VALID"), self.beta())
         return tf.cast(wide * (tf.sqrt(norm) if self.inverse else tf.math.rsqrt(norm)), x.dtype)
 
 
