@@ -30,8 +30,8 @@ WEIGHTS = "model.npz"
 Y_PIXELS, Z_ELEMENTS = 16, 4
 TILE = 64  # elements of y along a side: 1024 pixels
 STRIP_AREA = 4096  # elements of z, so that images below 16 megapixels take a single strip
-# How far the transforms reach: g_a 30 pixels, g_s 2.8 elements of y, h_a 7 of y, h_s 2.5 of z.
-G_A_MARGIN, G_S_MARGIN, H_A_MARGIN, H_S_MARGIN = 2, 3, 2, 3  # in elements of y, y, z, z
+# How far the transforms reach: g_a 30 pixels, g_s 2 elements of y, h_a 7 of y, h_s 2 of z.
+G_A_MARGIN, G_S_MARGIN, H_A_MARGIN, H_S_MARGIN = 2, 2, 2, 2  # in elements of y, y, z, z
 BATCH_PIXELS = 2**20  # images are batched up to this many pixels
 
 

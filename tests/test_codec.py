@@ -1,0 +1,291 @@
+"""The codec: exact where it must be, checked before it is decoded, and the same however it is tiled."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_compression as tfc
+from conftest import photo
+from fuzz import mutants
+
+from hyperprior import codec as codecs
+from hyperprior import config, container, entropy, exact, export, model, transforms
+from hyperprior.codec import Codec
+from hyperprior.errors import BitstreamError, ConfigError, DataError
+
+SETTINGS = config.Config(model=config.Model(num_filters=8, latent_channels=12, hyper_channels=8))
+
+
+def random_model(seed: int = 0) -> model.ScaleHyperprior:
+    """Random weights whose latents have many scales, some of them beyond the tables."""
+    tf.random.set_seed(seed)
+    made = model.ScaleHyperprior(SETTINGS.model)
+    made.g_a.layers[-1].kernel.assign(made.g_a.layers[-1].kernel * 12.0)
+    made.g_s.layers[-1].kernel.assign(made.g_s.layers[-1].kernel * 0.02)
+    made.h_s.layers[-1].kernel.assign(made.h_s.layers[-1].kernel * 0.3)
+    made.h_s.layers[-1].bias.assign(tf.linspace(-2.0, 3.0, SETTINGS.model.latent_channels))
+    return made
+
+
+def codec_of(made: model.ScaleHyperprior) -> Codec:
+    arrays = {name: v.numpy() for name, v in made.named_variables().items()}
+    return Codec(export.constants(made, export.Trained(arrays, SETTINGS, 0)), SETTINGS, {}, "a random model")
+
+
+@pytest.fixture(scope="module")
+def floats() -> model.ScaleHyperprior:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def codec(floats: model.ScaleHyperprior) -> Codec:
+    return codec_of(floats)
+
+
+def picture(seed: int, width: int, height: int) -> np.ndarray:
+    noise = np.random.RandomState(seed).randint(-20, 20, (height, width, 3))
+    return np.clip(np.asarray(photo(seed, width, height), int) + noise, 0, 255).astype(np.uint8)
+
+
+# Round trips ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (17, 3), (64, 64), (65, 63), (333, 500), (2000, 5)])
+def test_every_size_comes_back_with_the_symbols_that_were_encoded(codec: Codec, width: int, height: int) -> None:
+    image = picture(1, width, height)
+    data = codec.compress(image)
+    y, _ = codec._latents([image])
+    assert np.array_equal(codec.latents(data), y[0])
+    assert np.ptp(y) > 10
+    decoded = codec.decompress(data)
+    assert decoded.shape == image.shape and decoded.dtype == np.uint8
+    whole = codec.synthesise(y).numpy()[0, :height, :width]
+    assert np.array_equal(decoded, whole)
+
+
+def test_the_coded_string_takes_what_the_densities_say(codec: Codec, floats: model.ScaleHyperprior) -> None:
+    rng = np.random.RandomState(2)
+    z = rng.randint(-2, 3, (1, 12, 16, 8)).astype(np.int32)
+    sums = codec.index_sums(z)
+    scales = exact.scales(sums, SETTINGS.model).numpy()
+    y = np.rint(scales * rng.randn(*scales.shape)).astype(np.float32)
+    estimate = float(model.bits(tfc.NoisyNormal(loc=0.0, scale=scales), y)[0])
+    estimate += float(model.bits(floats.prior, z + codec.z_offsets / np.float32(2**12))[0])
+    coded, escapes, _ = codec._encode(y, z)[0]
+    actual = 8 * len(coded) + 16 * len(escapes)
+    assert estimate > 50_000 and -0.001 < actual / estimate - 1 < 0.005
+    # The float h_s, whose rate training estimates, gives the same scales.
+    floating = floats.scales(floats.h_s(z + floats.z_offset())).numpy()
+    assert np.abs(np.log(floating / scales)).max() < 1e-3
+
+
+def test_batches_hold_the_same_files_as_single_images(codec: Codec) -> None:
+    images = [picture(i, *size) for i, size in enumerate([(100, 60), (64, 128), (90, 64), (128, 60), (100, 64)] * 2)]
+    files = codec.compress_batch(images)
+    assert files == [codec.compress(image) for image in images]
+    for image, decoded in zip(images, codec.decompress_batch(files)):
+        assert decoded.shape == image.shape
+        assert np.abs(decoded.astype(int) - codec.decompress(codec.compress(image))).max() <= 1
+
+
+def test_tiles_and_strips_leave_no_seams(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture(3, 450, 390)
+    data = codec.compress(image)
+    y, z = codec._latents([image])
+    decoded = codec.decompress(data)
+    monkeypatch.setattr(codecs, "TILE", 5)  # 80 pixels
+    monkeypatch.setattr(codecs, "STRIP_AREA", 2)
+    monkeypatch.setattr(codecs, "strip_rows", lambda columns: 2)
+    tiled_y, tiled_z = codec._latents([image])
+    # Sums may be taken in another order in a tile: a value on the border may round the other way.
+    assert np.count_nonzero(tiled_y != y) <= 2 and np.count_nonzero(tiled_z != z) <= 1
+    assert codec._encode(y, z)[0][0] == container.read(data).coded
+    assert np.array_equal(codec.latents(data), y[0])
+    assert np.abs(codec.decompress(data).astype(int) - decoded).max() <= 1
+
+
+def test_images_that_are_none_are_refused(codec: Codec) -> None:
+    for image in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)):
+        with pytest.raises(DataError, match="uint8"):
+            codec.compress(image)
+    with pytest.raises(DataError, match="65535"):
+        codec.compress(np.zeros((1, 65_536, 3), np.uint8))
+    with pytest.raises(DataError, match="0x1 pixels"):
+        codec.compress(np.zeros((1, 0, 3), np.uint8))
+
+
+# Exactness ------------------------------------------------------------------------------------------------
+
+
+def reference_sums(z: np.ndarray, codec: Codec) -> np.ndarray:
+    """`exact.index_sums` of one image in plain NumPy, tap by tap, in an order of its own."""
+    limit = 2.0 ** (exact.ACTIVATION_BITS + exact.RANGE_BITS)
+    x = np.clip(z * 2.0**exact.ACTIVATION_BITS + codec.z_offsets, -limit, limit)
+    for number, (kernel, bias) in enumerate(codec.layers):
+        height, width, _ = x.shape
+        taps = [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])][::-1]
+        if number < 2:  # [5, 5, out, in]: pixel (r, c) adds to (2r + i - 1, 2c + j - 1)
+            padded = np.zeros((2 * height + 4, 2 * width + 4, kernel.shape[2]))
+            for i, j in taps:
+                part = sum(x[..., [k]] * kernel[i, j, :, k].astype(float) for k in reversed(range(x.shape[2])))
+                padded[i : i + 2 * height : 2, j : j + 2 * width : 2] += part
+            x = np.clip((padded[1 : 1 + 2 * height, 1 : 1 + 2 * width] + bias) * 2.0**-exact.WEIGHT_BITS, 0, limit)
+            x = np.rint(x)
+        else:
+            padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
+            x = sum(padded[i : i + height, j : j + width] @ kernel[i, j].astype(float) for i, j in taps) + bias
+    return x
+
+
+def test_integer_h_s_is_the_same_in_any_order_of_summation(codec: Codec) -> None:
+    z = np.random.RandomState(0).randint(-30, 30, (7, 9, 8)).astype(np.int32)
+    z[0, 0, 0], z[3, 3, 3] = 32767, -32768  # clamped
+    sums = codec.index_sums(z[None]).numpy()[0]
+    assert np.array_equal(sums, reference_sums(z, codec))
+    assert np.array_equal(sums, np.rint(sums)) and np.abs(sums).max() < exact.EXACT
+    assert len(np.unique(codec.indexes(z[None]))) > 20
+    beside_another = np.stack([np.roll(z, 1, axis=0), z])
+    assert np.array_equal(codec.index_sums(beside_another).numpy()[1], sums)
+
+
+def test_float_h_s_would_give_other_indexes_in_another_order_and_ruin_what_follows(
+    codec: Codec,
+) -> None:
+    """Why h_s is integer arithmetic: float32 sums depend on their order, which depends on the machine."""
+    tf.random.set_seed(1)
+    first, second, last = transforms.hyper_synthesis(96, 64, "float32").layers
+    z = tf.constant(np.random.RandomState(1).randint(-1, 2, (6, 30, 30, 64)).astype(np.float32))
+    low, step = exact.log_scale_table(SETTINGS.model)
+
+    def float_indexes(order: list[int]) -> np.ndarray:
+        x = tf.gather(first(z), order, axis=-1)  # the inner channels in another order: the same function
+        x = tf.nn.conv2d_transpose(x, tf.gather(second.kernel, order, axis=3), (6, 120, 120, 64), 2, "SAME")
+        x = tf.gather(tf.nn.relu(x + second.bias), order, axis=-1)
+        x = tf.nn.conv2d(x, tf.gather(last.kernel, order, axis=2), 1, "SAME") + last.bias
+        return tf.cast(tf.round(tf.clip_by_value((x - low) / step, 0.0, 63.0)), tf.int32).numpy()
+
+    one, other = float_indexes(list(range(64))), float_indexes(list(range(64))[::-1])
+    images, *_ = np.nonzero(one != other)
+    assert 0 < len(images) < 1e-4 * one.size and np.abs(one - other).max() == 1
+
+    one, other = one[images[:1]], other[images[:1]]
+    wrong = np.flatnonzero(one != other)
+    y = np.rint(np.random.RandomState(2).randn(*one.shape) * np.exp(low + step * one)).astype(np.int32)
+    handle, _ = entropy.encode(tfc.create_range_encoder([len(y)], codec.tables.lookup), codec.tables, y, one)
+    coded = tfc.entropy_encode_finalize(handle)
+    _, right, _ = entropy.decode(tfc.create_range_decoder(coded, codec.tables.lookup), codec.tables, one)
+    _, garbage, _ = entropy.decode(tfc.create_range_decoder(coded, codec.tables.lookup), codec.tables, other)
+    after = slice(wrong[0] + 1, None)
+    assert np.mean(right.numpy().ravel() == y.ravel()) > 0.99  # all but escapes
+    assert np.mean(garbage.numpy().ravel()[after] != y.ravel()[after]) > 0.1
+
+
+def test_models_whose_sums_may_round_are_refused(floats: model.ScaleHyperprior) -> None:
+    h_s = transforms.hyper_synthesis(12, 8, "float32")
+    exact.integers(h_s, SETTINGS.model)
+    kernel = h_s.layers[1].kernel
+    kernel.assign(kernel * (1.01 * 2.0**13 / tf.reduce_max(tf.reduce_sum(tf.abs(kernel), (0, 1, 3)))))
+    with pytest.raises(ConfigError, match=r"h_s/1 cannot be made exact: its partial sums may reach .*2\*\*53"):
+        exact.integers(h_s, SETTINGS.model)
+    kernel.assign(tf.fill(kernel.shape, np.nan))
+    with pytest.raises(ConfigError, match="cannot be made exact"):
+        exact.integers(h_s, SETTINGS.model)
+
+
+def test_the_bound_is_reached_by_the_worst_input() -> None:
+    """`check` bounds what an adversarial ẑ can do: with it the sum is the bound, to the last unit."""
+    rng = np.random.RandomState(3)
+    kernel, bias = np.rint(rng.randn(3, 3, 4, 2) * 2**16), np.rint(rng.randn(2) * 2**28)
+    limit = 2.0 ** (exact.ACTIVATION_BITS + exact.RANGE_BITS)
+    worst = max(abs((np.sign(kernel[..., k]) * limit * kernel[..., k]).sum()) + abs(bias[k]) for k in range(2))
+    scale = exact.EXACT / worst
+    exact.check(np.floor(kernel * scale * 0.999), bias, False, "h_s/2")
+    with pytest.raises(ConfigError):
+        exact.check(np.ceil(kernel * scale * 1.001), bias, False, "h_s/2")
+
+
+# Tables ---------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_distributions_with_room_for_every_symbol(codec: Codec) -> None:
+    at = 0
+    for escape in codec.tables.escape:
+        assert codec.tables.lookup[at] == entropy.PRECISION
+        counts = np.diff(codec.tables.lookup[at + 1 : at + escape + 3])
+        assert counts.min() >= 1 and counts.sum() == 2**entropy.PRECISION
+        at += escape + 3
+    assert at == len(codec.tables.lookup)
+    assert len(codec.tables.escape) == SETTINGS.model.num_scales + SETTINGS.model.hyper_channels
+
+
+def test_values_outside_the_tables_survive(codec: Codec) -> None:
+    rng = np.random.RandomState(4)
+    y = rng.randint(-32768, 32768, (2, 8, 8, 12)).astype(np.float32)
+    z = rng.randint(-32768, 32768, (2, 2, 2, 8)).astype(np.int32)
+    y[0] = np.clip(y[0], -1, 1)  # one with few escapes, one with nothing else
+    streams = [container.Stream(b"12345678", 128, 128, *coded) for coded in codec._encode(y, z)]
+    assert len(streams[1].escapes) > 500 > len(streams[0].escapes)
+    assert np.array_equal(codec._decode(streams), y)
+
+
+# Untrusted bytes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(codec: Codec) -> bytes:
+    return codec.compress(picture(5, 100, 70))
+
+
+def sealed(body: bytes) -> bytes:
+    """A file with the CRC-32 that its other bytes ask for."""
+    return body[:-4] + struct.pack("<I", zlib.crc32(body[:-4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: b"", "not a .hyp file: it starts with nothing"),
+        (lambda d: b"\x89PNG" + d[4:], "not a .hyp file: it starts with 89 50 4e 47"),
+        (lambda d: d[:4] + b"\x02" + d[5:], "format version 2; this release reads version 1"),
+        (lambda d: sealed(d[:5] + b"12345678" + d[13:]), "written with model 3132333435363738"),
+        (lambda d: d[:20], "cut off: 20 bytes"),
+        (lambda d: d[:-1], "cut off"),
+        (lambda d: d + b"\0", "bytes follow its end"),
+        (lambda d: d[:60] + bytes([d[60] ^ 1]) + d[61:], "damaged: its bytes do not match their CRC-32"),
+        (lambda d: sealed(d[:13] + b"\0\0" + d[15:]), "an image of 100x0 pixels"),
+        (lambda d: sealed(d[:13] + b"\xff\xff\xff\xff" + d[17:]), "65535x65535 pixels; at most 178,956,970"),
+        (lambda d: sealed(d[:60] + bytes([d[60] ^ 1]) + d[61:]), "decodes to other symbols than were encoded"),
+        (lambda d: sealed(d[:13] + b"\x81\0" + d[15:]), "decodes to other symbols"),  # 129 rows for 70
+    ],
+)
+def test_each_defect_of_a_file_is_one_typed_error(codec: Codec, data: bytes, change: object, message: str) -> None:
+    with pytest.raises(BitstreamError, match=message.replace("(", r"\(")) as error:
+        codec.decompress(change(data))  # type: ignore[operator]
+    assert error.value.exit_code == 3
+    codec.decompress(data)
+
+
+def test_mutated_files_are_errors_or_images_of_the_declared_size(codec: Codec, data: bytes) -> None:
+    """300 here; tests/fuzz.py runs as many as are asked for, with memory and time limits."""
+    for mutant in mutants([data, codec.compress(picture(6, 30, 200))], 300, seed=0):
+        try:
+            image = codec.decompress(mutant.data, max_pixels=2**17)
+        except BitstreamError:
+            continue
+        assert image.shape == struct.unpack_from("<HH", mutant.data, 13) + (3,)
+        assert mutant.sealed or mutant.data in (data, codec.compress(picture(6, 30, 200)))
+
+
+def test_a_changed_symbol_changes_the_checksum() -> None:
+    values = np.random.RandomState(7).randint(-32768, 32768, 1000)
+    whole = container.checksum(values)
+    assert container.checksum(values[400:], 400, container.checksum(values[:400])) == whole
+    for place, delta in ((0, 1), (999, -3), (500, 2**15)):
+        changed = values.copy()
+        changed[place] += delta
+        assert container.checksum(changed) != whole
+    assert container.checksum(values[::-1]) != whole
