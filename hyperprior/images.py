@@ -178,8 +178,8 @@ def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINED_ON) -> 
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=formats)
     except Exception as error:  # Pillow raises a dozen types for broken headers
-        names = "an image that Pillow knows" if formats is None else "PNG, BMP, TIFF or JPEG"
-        raise Unusable(f"no {names}" if isinstance(error, OSError) else str(error)) from error
+        names = "an image that Pillow opens" if formats is None else "a PNG, BMP, TIFF or JPEG"
+        raise Unusable(f"not {names}" if isinstance(error, OSError) else str(error)) from error
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise Unusable(f"an image of {image.width}x{image.height} pixels")
     return image

@@ -88,7 +88,7 @@ def test_inspect_names_everything_unusable(hyperprior: Command, tmp_path: Path) 
     output = hyperprior("inspect", "t.tar", "--patch-size", "64").stdout
     assert "t.tar//good.tar: broken: a corrupt or truncated JPEG" in output
     assert ".txt 1" in output
-    assert "t.tar//good.tar: text: no PNG, BMP, TIFF or JPEG" in output
+    assert "t.tar//good.tar: text: not a PNG, BMP, TIFF or JPEG" in output
     report = json.loads(hyperprior("inspect", "t.tar", "--patch-size", "64", "--json").stdout)
     assert (report["shards"], report["images"], report["smaller_than_patch"]) == (2, 10, 1)
     assert report["formats"] == {"JPEG": 7, "PNG": 1, "unusable": 1} or report["formats"]["JPEG"] >= 7

@@ -1,0 +1,35 @@
+"""Decodes `.hyp` files with a SavedModel, where `hyperprior` cannot be imported: SAVED_MODEL FILE... OUT.npz."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.modules["hyperprior"] = None  # type: ignore[assignment]
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_compression  # noqa: F401  its range coder
+
+try:
+    import hyperprior  # noqa: F401
+except ImportError:
+    pass
+else:
+    raise SystemExit("hyperprior can be imported")
+
+folder, *paths, out = sys.argv[1:]
+model = tf.saved_model.load(folder)
+compress, decompress = model.signatures["compress"], model.signatures["decompress"]
+found = {}
+for path in map(Path, paths):
+    pixels = decompress(file=tf.constant(path.read_bytes()))["image"].numpy()
+    found[f"{path.name} pixels"] = pixels
+    found[f"{path.name} again"] = np.frombuffer(compress(image=tf.constant(pixels))["file"].numpy(), np.uint8)
+damaged = bytearray(Path(paths[0]).read_bytes())
+damaged[40] ^= 1
+try:
+    decompress(file=tf.constant(bytes(damaged)))
+except tf.errors.InvalidArgumentError as error:
+    found["error"] = np.array(str(error))
+np.savez(out, **found)

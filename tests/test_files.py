@@ -1,0 +1,333 @@
+"""Models and files as people use them: export, compress, decompress, info, Pillow, serving, other settings."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, Command, encoded, photo
+from PIL import Image
+
+import hyperprior as package
+from hyperprior import checkpoint, codec, export, files, images, pillow
+from hyperprior.codec import Codec
+from hyperprior.errors import BitstreamError, ConfigError, DataError
+from hyperprior.terminal import Terminal
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps, exported at its end."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "photos").mkdir()
+    for i in range(24):
+        photo(i).save(folder / "photos" / f"{i}.png")
+    (folder / "empty.yaml").write_text("seed: 0\n")
+    sources = ["data.train=[photos]", "data.val_split=0.2", "data.test_split=0.1"]
+    command = ["train", "empty.yaml", *TINY, *sources, "train.steps=30", "train.validate_every=15", "--run", "run"]
+    done = subprocess.run([sys.executable, "-m", "hyperprior", *command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "integer h_s costs" in done.stdout
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Codec:
+    return package.load(run)
+
+
+@pytest.fixture(autouse=True)
+def use_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERPRIOR_MODEL", str(run))
+
+
+# Export ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_holds_the_best_weights_and_says_what_it_is(run: Path, model: Codec) -> None:
+    arrays, state = checkpoint.load(run / "checkpoints" / "best.npz")
+    for name in ("g_a/0/kernel", "g_s/6/bias", "h_a/2/kernel"):
+        assert np.array_equal(arrays[f"model/{name}"], model._model.named_variables()[name])
+    description = json.loads((run / "model" / "model.json").read_text())
+    assert description["fingerprint"] == model.fingerprint
+    assert description["info"]["step"] == state["step"] == model.info["step"]
+    assert description["config"] == model.config.to_dict()
+    cost = description["info"]["exactness"]
+    assert cost["images"] > 0 and abs(cost["bpp_exact"] / cost["bpp_float"] - 1) < 1e-3
+
+
+def test_exporting_again_gives_the_same_model_and_only_where_it_must(
+    run: Path, model: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export.export(run, tmp_path / "other", Terminal())
+    assert package.load(tmp_path / "other").fingerprint == model.fingerprint
+    before = (tmp_path / "other" / "model.npz").stat().st_mtime_ns
+    export.export(run, tmp_path / "other", Terminal())
+    assert "exported already" in capsys.readouterr().out
+    assert (tmp_path / "other" / "model.npz").stat().st_mtime_ns == before
+
+
+def test_the_last_average_is_exported_where_there_is_no_best(tmp_path: Path, run: Path) -> None:
+    arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
+    name = "model/g_a/0/bias"
+    arrays["optimizer/average/g_a/0/bias"] = arrays[name] + 1.0
+    state["run"]["best_loss"] = None
+    checkpoint.save(tmp_path / "checkpoints" / "step-000000001.npz", arrays, state)
+    assert np.array_equal(export.best_weights(tmp_path, Terminal()).arrays["g_a/0/bias"], arrays[name] + 1.0)
+    arrays.pop("optimizer/average/g_a/0/bias")
+    checkpoint.save(tmp_path / "checkpoints" / "step-000000002.npz", arrays, state)
+    assert np.array_equal(export.best_weights(tmp_path, Terminal()).arrays["g_a/0/bias"], arrays[name])
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_touched(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run with a checkpoint"):
+        export.export(tmp_path / "none", None, Terminal())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is no exported model"):
+        export.export(run, tmp_path / "mine", Terminal())
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
+    arrays["model/h_a/0/bias"][0] = np.nan
+    state["run"]["best_loss"] = None
+    checkpoint.save(tmp_path / "nan" / "checkpoints" / "step-000000001.npz", arrays, state)
+    with pytest.raises(ConfigError, match="`h_a/0/bias` of step 30 is not finite"):
+        export.export(tmp_path / "nan", None, Terminal())
+    assert not (tmp_path / "nan" / "model").exists()
+
+
+def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no exported model"):
+        codec.load(tmp_path)
+    shutil.copytree(run / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match="is damaged"):
+        codec.load(tmp_path)
+    path.write_bytes(whole)
+    arrays, state = checkpoint.load(path, expected=codec.FORMAT)
+    arrays["g_s/0/bias"][0] += 1e-6
+    checkpoint.save(path, arrays, state)
+    with pytest.raises(DataError, match="its weights and tables have fingerprint"):
+        codec.load(tmp_path)
+
+
+# Files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_goes_there_and_back_from_the_command_line(hyperprior: Command, tmp_path: Path, model: Codec) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    photo(1, 200, 170).save(tmp_path / "in" / "a.png")
+    photo(2).save(tmp_path / "in" / "deep" / "b.c.JPG")
+    (tmp_path / "in" / "broken.png").write_bytes(b"no image")
+    done = hyperprior("compress", "in", "-o", "out", "--verify", check=3)
+    assert "warning: in/broken.png: not an image that Pillow opens" in done.stderr
+    assert "1 of 3 files failed" in done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("in/a.png → out/a.hyp"))
+    size = (tmp_path / "out" / "a.hyp").stat().st_size
+    assert f"200x170  {size:,} bytes  {8 * size / 34000:.3f} bpp" in line and "MS-SSIM 0." in line and "dB" in line
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.hyp", "b.c.hyp"]
+    hyperprior("decompress", "out", "-o", "back", "--format", "webp")
+    with Image.open(tmp_path / "back" / "deep" / "b.c.webp") as image:
+        assert image.size == (96, 80) and image.format == "WEBP"
+    # Through pipes, and never over what is there.
+    data = (tmp_path / "out" / "a.hyp").read_bytes()
+    command = [sys.executable, "-m", "hyperprior", "decompress", "-"]
+    piped = subprocess.run(command, input=data, capture_output=True, check=True)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(piped.stdout))), model.decompress(data))
+    assert "exists; --force overwrites it" in hyperprior("compress", "in/a.png", "-o", "out/a.hyp", check=2).stderr
+
+
+def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.jpg", "b.png", "d/a.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"")
+    Path("b.hyp").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+
+    def plan(*sources: str, out: str | None = None, force: bool = False) -> list[tuple[str, str]]:
+        return [tuple(job) for job in files.plan(sources, out, (".png", ".jpg"), ".hyp", force)]
+
+    assert plan("a.png") == [("a.png", "a.hyp")]
+    assert plan("a.png", out="x.bin") == [("a.png", "x.bin")]
+    assert plan("a.png", out="d") == [("a.png", "d/a.hyp")]
+    assert plan("a.png", out="new/") == [("a.png", "new/a.hyp")]
+    assert plan("-") == [("-", "-")]
+    assert plan("-", out="d") == [("-", "d/stdin.hyp")]
+    assert plan("d") == [("d/a.png", "d/a.hyp")]
+    assert plan("a.png", "b.png", out="new") == [("a.png", "new/a.hyp"), ("b.png", "new/b.hyp")]
+    assert plan("b.png", force=True) == [("b.png", "b.hyp")]
+    for arguments, message in [
+        ({"sources": ["none.png"]}, "none.png does not exist"),
+        ({"sources": ["empty"]}, "empty holds no file with one of .png, .jpg"),
+        ({"sources": ["a.png", "a.jpg"]}, "a.png and a.jpg would both become a.hyp"),
+        ({"sources": ["a.png", "d/a.png"], "out": "x"}, "a.png and d/a.png would both become x/a.hyp"),
+        ({"sources": ["b.png"]}, "b.hyp exists; --force overwrites it"),
+        ({"sources": ["b.hyp"], "force": True}, "b.hyp would overwrite itself"),
+        ({"sources": ["a.png", "b.png"], "out": "-"}, "2 files cannot all go to standard output"),
+        ({"sources": ["a.png", "b.png"], "out": "b.hyp"}, "b.hyp is a file; 2 files need a directory"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            plan(*arguments.pop("sources"), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_wrong_file_leaves_nothing_behind(tmp_path: Path, model: Codec) -> None:
+    data = model.compress(np.asarray(photo(3)))
+    (tmp_path / "x.hyp").write_bytes(data[:-1])
+    with pytest.raises(BitstreamError, match=r"x\.hyp: cut off"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", False, 10**6, Terminal())
+    with pytest.raises(ConfigError, match=r"Pillow writes no `\.xyz`"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".xyz", False, 10**6, Terminal())
+    (tmp_path / "x.hyp").write_bytes(data)
+    with pytest.raises(DataError, match="at most 100 are decoded"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", False, 100, Terminal())
+    assert [p.name for p in tmp_path.iterdir()] == ["x.hyp"]
+
+
+def test_no_model_is_an_error_that_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYPERPRIOR_MODEL")
+    with pytest.raises(ConfigError, match="--model takes a run"):
+        files.open_model(None)
+
+
+def test_info_tells_files_models_and_runs_apart(hyperprior: Command, run: Path, model: Codec, tmp_path: Path) -> None:
+    data = model.compress(np.asarray(photo(4)))
+    (tmp_path / "x.hyp").write_bytes(data)
+    found = json.loads(hyperprior("info", "x.hyp", "--json").stdout)
+    assert (found["width"], found["height"], found["bytes"]) == (96, 80, len(data))
+    assert found["model"] == model.fingerprint and found["fits"] is True
+    other = data[:5] + bytes(8) + data[13:]
+    (tmp_path / "y.hyp").write_bytes(other)
+    assert "CRC-32" in hyperprior("info", "y.hyp", check=3).stderr
+    assert files.info(run / "model", None)["fingerprint"] == model.fingerprint
+    of_run = files.info(run, None)
+    assert of_run["step"] == 30 and of_run["exported"]["fingerprint"] == model.fingerprint
+    with pytest.raises(ConfigError, match="does not exist"):
+        files.info(tmp_path / "z", None)
+
+
+# Photographs ----------------------------------------------------------------------------------------------
+
+
+def test_photographs_come_upright() -> None:
+    corners = np.zeros((32, 48, 3), np.uint8)
+    corners[:8, :8] = (255, 0, 0)
+    expected = images.photograph(encoded(Image.fromarray(corners), "PNG"))[0]
+    for orientation in range(1, 9):
+        undo = {
+            1: None,
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_90,
+            7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270,
+        }[orientation]
+        stored = Image.fromarray(corners) if undo is None else Image.fromarray(corners).transpose(undo)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert np.array_equal(images.photograph(encoded(stored, "PNG", exif=exif))[0], expected), orientation
+        as_jpeg = images.photograph(encoded(stored, "JPEG", exif=exif, quality=95))[0]
+        assert as_jpeg.shape == expected.shape and np.abs(as_jpeg.astype(int) - expected).mean() < 3, orientation
+
+
+def test_what_is_dropped_is_noted() -> None:
+    assert images.photograph(encoded(photo(1), "PNG"))[1] == []
+    assert images.photograph(encoded(photo(1).convert("L"), "PNG"))[1] == []
+    assert images.photograph(encoded(photo(1).convert("RGBA"), "PNG"))[1] == ["transparency is flattened onto white"]
+    assert images.photograph(encoded(photo(1).convert("CMYK")))[1] == ["CMYK is converted without a colour profile"]
+    deep = Image.fromarray((np.arange(80 * 96).reshape(80, 96) * 8).astype(np.uint16))
+    pixels, notes = images.photograph(encoded(deep, "PNG"))
+    assert notes == ["16 bits are reduced to 8"] and np.ptp(pixels) > 200
+    assert images.photograph(encoded(photo(1), "PNG", icc_profile=b"x" * 200))[1] == ["its colour profile is dropped"]
+    frames = encoded(photo(1), "GIF", save_all=True, append_images=[photo(2)])
+    assert images.photograph(frames)[1] == ["only the first of 2 frames is kept"]
+    with pytest.raises(images.Unusable, match="Pillow"):
+        images.photograph(b"")
+
+
+def test_pillow_opens_and_saves(model: Codec, run: Path, tmp_path: Path) -> None:
+    photo(5, 130, 70).save(tmp_path / "x.hyp")
+    photo(5, 130, 70).convert("RGBA").save(tmp_path / "y.hyp", model=model)
+    photo(5, 130, 70).save(tmp_path / "z.hyp", model=run / "model")
+    data = (tmp_path / "x.hyp").read_bytes()
+    assert data == (tmp_path / "y.hyp").read_bytes() == (tmp_path / "z.hyp").read_bytes()
+    with Image.open(tmp_path / "x.hyp") as image:
+        assert image.format == "HYP" and image.size == (130, 70) and image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), model.decompress(data))
+        assert image.crop((0, 0, 10, 10)).size == (10, 10)
+    (tmp_path / "x.hyp").write_bytes(data[:-1])
+    with pytest.raises(BitstreamError, match="cut off"):
+        Image.open(tmp_path / "x.hyp")
+    assert pillow.accept(data)
+
+
+# Other processes ------------------------------------------------------------------------------------------
+
+
+def script(name: str, *arguments: object, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HERE / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_settings(model: Path, pictures: list[Path], settings: list[tuple[str, str]], tmp_path: Path) -> int:
+    """Files written under each of `settings` (threads, oneDNN) decode alike under all: how many were compared."""
+    written: list[Path] = []
+    for i, (threads, onednn) in enumerate(settings):
+        script("settings.py", model, threads, "write", *pictures, tmp_path / f"w{i}", TF_ENABLE_ONEDNN_OPTS=onednn)
+        for path in sorted((tmp_path / f"w{i}").iterdir()):
+            written.append(path.rename(tmp_path / f"{i}-{path.name}"))
+    read = []
+    for i, (threads, onednn) in enumerate(settings):
+        out = tmp_path / f"r{i}.npz"
+        script("settings.py", model, threads, "read", *written, out, TF_ENABLE_ONEDNN_OPTS=onednn)
+        read.append(dict(np.load(out)))
+    script("serve.py", model / "saved_model", *written, tmp_path / "served.npz")
+    served = dict(np.load(tmp_path / "served.npz"))
+    assert "do not match their CRC-32" in str(served["error"])
+    for path in written:
+        latents, pixels = (read[0][f"{path.name} {what}"] for what in ("latents", "pixels"))
+        for other in read:
+            assert np.array_equal(other[f"{path.name} latents"], latents)
+            assert np.abs(other[f"{path.name} pixels"].astype(int) - pixels).max() <= 1
+            if "batch" in path.name:
+                assert np.array_equal(other[f"{path.name} latents in a batch"], latents)
+                assert np.abs(other[f"{path.name} pixels in a batch"].astype(int) - pixels).max() <= 1
+        assert np.abs(served[f"{path.name} pixels"].astype(int) - pixels).max() <= 1
+    again = package.load(model)
+    for path in written[:4]:  # what the served model writes, this package reads
+        pixels = served[f"{path.name} pixels"]
+        assert again.decompress(served[f"{path.name} again"].tobytes()).shape == pixels.shape
+    return len(written)
+
+
+def test_files_decode_alike_under_other_threads_kernels_batches_and_as_saved_model(run: Path, tmp_path: Path) -> None:
+    pictures = []
+    for i, size in enumerate([(333, 500), (64, 64), (1, 1), (200, 90)]):
+        photo(i, *size).save(tmp_path / f"{i}.png")
+        pictures.append(tmp_path / f"{i}.png")
+    assert check_settings(run / "model", pictures, [("1", "0"), ("2", "1")], tmp_path) == 16
+
+
+@pytest.mark.slow
+def test_real_photographs_decode_alike_under_every_setting(run: Path, samples: Path, tmp_path: Path) -> None:
+    pictures = sorted((samples / "kodak").glob("*.png"))[::3]
+    settings = [(threads, onednn) for threads in "12" for onednn in "01"]
+    assert check_settings(run / "model", pictures, settings, tmp_path) == len(pictures) * 8
