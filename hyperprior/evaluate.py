@@ -26,7 +26,7 @@ import tensorflow as tf
 from hyperprior import __version__, baselines, codec, images, plots, rd
 from hyperprior.checkpoint import write_text, write_whole
 from hyperprior.errors import ConfigError, DataError, GateError
-from hyperprior.shards import IMAGE_SUFFIXES
+from hyperprior.files import IMAGE_SUFFIXES
 from hyperprior.terminal import Terminal
 
 FORMAT = 1  # of summary.json
@@ -67,9 +67,9 @@ class Photo:
     sha256: str  # of the size and the pixels
 
     def pixels(self) -> np.ndarray:
-        """[H, W, 3] uint8. Raises DataError."""
+        """[H, W, 3] uint8, upright. Raises DataError."""
         try:
-            return images.decode(self.path.read_bytes())
+            return images.photograph(self.path.read_bytes())[0]
         except (images.Unusable, OSError) as error:
             raise DataError(f"{self.path} cannot be used: {error}") from error
 
@@ -139,7 +139,7 @@ def find_photos(folder: Path) -> list[Photo]:
     except OSError as error:
         raise DataError(f"--images {folder} cannot be read: {error.strerror}") from error
     if not paths:
-        raise DataError(f"--images {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"--images {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     photos = []
     for path in paths:
         pixels = Photo(path, 0, 0, "").pixels()

@@ -93,15 +93,16 @@ def picture_sheet(title: str, rows: Sequence[Sequence[Picture]]) -> Image.Image:
     caption = 8 + 3 * line_height
     columns = max(len(row) for row in rows)
     width = 2 * MARGIN + columns * side + (columns - 1) * GAP
-    top = MARGIN + 76
+    top = MARGIN + 44 + 2 * line_height
     sheet = Image.new("RGB", (width, top + len(rows) * (side + caption + GAP) + MARGIN - GAP), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 4), title, "black", font(26, bold=True))
     explained = (
-        f"Files are as large as ours or the next smaller. Shown: the {CROP} x {CROP} pixels of most detail, enlarged "
-        f"{ZOOM} times. Numbers are of the whole image."
+        "Files are as large as ours, or the next smaller. Numbers are of the whole image.",
+        f"Shown are the {CROP} x {CROP} pixels of most detail, enlarged {ZOOM} times.",
     )
-    draw.text((MARGIN, MARGIN + 34), explained, "#555555", font(17))
+    for number, line in enumerate(explained):
+        draw.text((MARGIN, MARGIN + 34 + number * line_height), line, "#555555", font(17))
     for index, row in enumerate(rows):
         y = top + index * (side + caption + GAP)
         crop = detail(row[0].pixels, CROP)
