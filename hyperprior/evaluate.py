@@ -122,7 +122,9 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     write_text(out / "summary.md", text)
     draw(points, out)
     shown = min(models, key=lambda model: abs(rate_of(model, points) - SHEET_BPP))
-    sheet = plots.picture_sheet(f"{shown.name}: {shown.curve}", sheet_rows(shown, photos, chosen))
+    sheet = plots.picture_sheet(
+        f"{shown.name}: {shown.curve}, lambda {shown.facts()['lambda']:g}", sheet_rows(shown, photos, chosen)
+    )
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
     if worse := [verdict for verdict in verdicts if not verdict["passed"]]:
         raise GateError("; ".join(map(say_verdict, worse)))
@@ -429,12 +431,19 @@ def describe(summary: dict[str, Any]) -> str:
             table.append(name + numbers + ending)
         lines += [*markdown(table), ""] if len(table) > 1 else []
     table = [["curve", "against", "BD-rate (PSNR)", "BD-PSNR", "BD-rate (MS-SSIM)", "BD-MS-SSIM"]]
+    said: set[tuple[str, str]] = set()
     for row in summary["bd"]:
         cells = []
         for value in (row["psnr_db"], row["ms_ssim_db"]):
             reason = value.get("refused")
             cells += [reason, ""] if reason else [f"{value['rate_percent']:+.1f}%", f"{value['quality_db']:+.2f} dB"]
-        table.append([row["curve"], row["against"] + (" (published)" if row["kind"] == "published" else ""), *cells])
+        against = row["against"] + (" (published)" if row["kind"] == "published" else "")
+        if cells[0].startswith("the curve "):  # a curve that compares with none says so once
+            if (row["curve"], cells[0]) in said:
+                continue
+            said.add((row["curve"], cells[0]))
+            against = "every other"
+        table.append([row["curve"], against, *cells])
     lines += [*markdown(table), ""] if len(table) > 1 else []
     lines += [f"- Gate: {say_verdict(verdict)}." for verdict in summary["gate"]]
     lines += [NOTES.format(side=rd.MS_SSIM_MIN_SIDE, points=rd.BD_MIN_POINTS, overlap=rd.BD_MIN_OVERLAP)]

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MODEL_COLORS = ("#d1242f", "#0b5cad", "#1a7f37", "#8250df")
 BASELINE_STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), ("-", "D"), (":", "v"), ("--", "P"))
-PUBLISHED_COLORS = ("#b08800", "#3b8ea5", "#a0628a", "#6a994e", "#c77b58", "#6c7a89", "#9a8c98", "#7f9f7f")
+PUBLISHED_COLORS = ("#b08800", "#1b9e9e", "#c2569a", "#5a9e2f", "#e0702c", "#6f6fd8", "#b9a38f", "#8fb3a0", "#d8b26a")
 
 CROP, ZOOM, GAP, MARGIN = 192, 2, 16, 32  # pixels
 
@@ -32,7 +32,7 @@ def rd_figure(points: Sequence[dict[str, Any]], quality: str, label: str) -> Fig
             curves[point["kind"], point["curve"]].append((point["bpp"], point[quality]))
     ours = [bpp for (kind, _), curve in curves.items() for bpp, _ in curve if kind == "model"]
     limit = max(1.0, 1.3 * max(ours))
-    figure = Figure(figsize=(9.6, 6.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11.5, 6.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     shown = []
     for kind in ("published", "baseline", "model"):
@@ -64,7 +64,7 @@ def rd_figure(points: Sequence[dict[str, Any]], quality: str, label: str) -> Fig
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="lower right", fontsize=8.5, framealpha=0.95)
+    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5, frameon=False)
     return figure
 
 
