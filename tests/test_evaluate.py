@@ -118,13 +118,13 @@ def test_bd_of_two_straight_lines_is_the_integral_between_them() -> None:
 
 
 def test_bd_of_a_bent_curve_is_the_piecewise_cubic_integral() -> None:
-    # log10 rate 0, 1, 3, 6 at qualities 0, 1, 2, 3. PCHIP's slopes are harmonic means of the differences 1, 2, 3
-    # inside (4/3, 12/5) and its end rule gives (3*1 - 2)/2 and (3*3 - 2)/2; a Hermite cubic of width 1 integrates
-    # to its trapezoid plus (left slope - right slope)/12: 0.5 + 2 + 4.5 + (1/2 - 7/2)/12 = 6.75, on average 2.25.
-    # The anchor, a line of slope 1, averages 1.5.
+    # log10 rate 0, 1, 3, 3.5 at qualities 0, 1, 2, 3: differences 1, 2, 1/2. PCHIP's slope at the left end is
+    # (3*1 - 2)/2 = 1/2; at the right end (3/2 - 2)/2 is negative, so 0. A Hermite cubic of width 1 integrates to its
+    # trapezoid plus (left slope - right slope)/12, and inner slopes cancel: 0.5 + 2 + 3.25 + 1/24, over 3.
+    # The anchor, a line of slope 1, averages 3/2.
     anchor = [(10.0**q, float(q)) for q in range(4)]
-    test = [(10.0**log_rate, float(q)) for q, log_rate in enumerate((0, 1, 3, 6))]
-    assert rd.bd(anchor, test)[0] == pytest.approx(100 * (10**0.75 - 1), rel=1e-9)
+    test = [(10.0**log_rate, float(q)) for q, log_rate in enumerate((0, 1, 3, 3.5))]
+    assert rd.bd(anchor, test)[0] == pytest.approx(100 * (10 ** ((5.75 + 1 / 24) / 3 - 1.5) - 1), rel=1e-9)
 
 
 @pytest.mark.parametrize(
