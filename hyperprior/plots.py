@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 MODEL_COLORS = ("#d1242f", "#0b5cad", "#1a7f37", "#8250df")
-BASELINE_STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), ("-", "D"), (":", "v"), ("--", "P"))
+BASELINE_STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), ("-", "D"), (":", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
 PUBLISHED_COLORS = ("#b08800", "#1b9e9e", "#c2569a", "#5a9e2f", "#e0702c", "#6f6fd8", "#b9a38f", "#8fb3a0", "#d8b26a")
 
 CROP, ZOOM, GAP, MARGIN = 192, 2, 16, 32  # pixels
@@ -93,7 +93,7 @@ def picture_sheet(title: str, rows: Sequence[Sequence[Picture]]) -> Image.Image:
     caption = 8 + 3 * line_height
     columns = max(len(row) for row in rows)
     width = 2 * MARGIN + columns * side + (columns - 1) * GAP
-    top = MARGIN + 44 + 2 * line_height
+    top = MARGIN + 54 + 2 * line_height
     sheet = Image.new("RGB", (width, top + len(rows) * (side + caption + GAP) + MARGIN - GAP), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN - 4), title, "black", font(26, bold=True))
