@@ -42,7 +42,8 @@ def options(
 ) -> None:
     """Train learned image compression with a scale hyperprior, exactly resumable.
 
-    Exit codes: 0 finished, 2 bad usage or config, 3 bad data, 4 diverged, 75 start the same command again.
+    Exit codes: 0 finished, 1 a model is worse than its gate, 2 bad usage or config, 3 bad data, 4 diverged,
+    75 start the same command again.
     """
     global show_traceback
     show_traceback = debug
@@ -203,6 +204,46 @@ def pack_command(
 
     options = pack.Options(images_per_shard, max_side, min_side, encode, quality)
     pack.pack(sources, out, options, allow_pipe, Terminal())
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Model directories, or runs that hold one.")],
+    images: Annotated[Path, typer.Option(help="Directory of images.")],
+    out: Annotated[Path, typer.Option(help="Directory of the results; those of an earlier call are replaced.")],
+    baselines: Annotated[
+        str,
+        typer.Option(help="all, none, or a list from jpeg,jpeg-opt,jpeg-444,webp,avif,avif-psnr,jpeg-2000,jpeg-xl."),
+    ] = "all",
+    published: Annotated[
+        Optional[str],
+        typer.Option(help="A CSV of published curves, or none. Default: those on Kodak, when the images are Kodak's."),
+    ] = None,
+    cache: Annotated[
+        Optional[Path], typer.Option(help="Directory of kept baseline results. Default: the user's cache.")
+    ] = None,
+    gate: Annotated[
+        Optional[Path],
+        typer.Option(help="An earlier summary.json: exit 1 if a model is worse than the one of its lambda there."),
+    ] = None,
+    margin: Annotated[float, typer.Option(min=0, help="Of --gate: percent of the loss.")] = 0.5,
+) -> None:
+    """Compress and decompress images with models and baselines; compare, plot and show the results.
+
+    Writes images.csv, summary.json, summary.md, rd_psnr and rd_ms_ssim (.png, .svg), and pictures.png. Models that
+    share a metric are one curve: four or more lambdas give BD-rates.
+
+    Example: `hyperprior evaluate runs/a runs/b runs/c runs/d --images kodak/ --out results/`
+    """
+    from hyperprior.terminal import Terminal
+
+    keep_freed_memory()
+    from hyperprior import evaluate as job
+
+    terminal = Terminal()
+    options = job.Options(baselines, published, cache, gate, margin)
+    terminal.say(job.evaluate(models, images, out, options, terminal))
+    terminal.say(f"results are in {out}")
 
 
 @app.command(name="config")

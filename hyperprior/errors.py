@@ -1,6 +1,7 @@
 """What can go wrong, as types: each carries the exit code that launch scripts and job templates rely on.
 
 HyperpriorError
+├── GateError      1   a model is worse than the result it was to match
 ├── ConfigError    2   bad usage, bad config, a run directory that does not fit
 ├── DataError      3   a source or image that is missing, damaged, empty or too bad to train on
 │   └── BitstreamError a compressed file that is damaged, or of another model or release
@@ -14,6 +15,10 @@ class HyperpriorError(Exception):
     """Base of every error meant for the user: one line that names the thing, the value and the remedy."""
 
     exit_code = 1
+
+
+class GateError(HyperpriorError):
+    """`evaluate --gate`: a model is worse than the stored result by more than the margin."""
 
 
 class ConfigError(HyperpriorError):

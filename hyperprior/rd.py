@@ -1,12 +1,14 @@
 """Rate and distortion: each unit defined once, for training, validation and evaluation alike.
 
 Images are [B, H, W, 3] float32 in [0, 1]; every quantity is per image, [B], so that a mean over the
-global batch is a sum divided by the global batch size, whatever the number of replicas.
+global batch is a sum divided by the global batch size, whatever the number of replicas. At the end: how two
+rate-distortion curves compare.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -95,3 +97,49 @@ def halve(x: tf.Tensor) -> tf.Tensor:
     height, width = tf.unstack(tf.shape(x)[1:3])
     x = tf.pad(x, [[0, 0], [0, height % 2], [0, width % 2], [0, 0]], "SYMMETRIC")
     return tf.nn.avg_pool2d(x, 2, 2, "VALID")
+
+
+def ms_ssim_db(value: float) -> float:
+    """An MS-SSIM in decibels, -10 · log10(1 - value); 60 dB at most, as float32 resolves no more."""
+    return -10.0 * math.log10(max(1.0 - value, 1e-6))
+
+
+# Curves -----------------------------------------------------------------------------------------------------
+
+BD_MIN_POINTS = 4  # Bjøntegaard: "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001
+BD_MIN_OVERLAP = 0.25  # of the shorter curve's range, in quality and in log rate
+
+
+class NotComparable(Exception):
+    """Two curves have no BD value; the text says why."""
+
+
+def bd(anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(BD-rate in percent, BD-quality in dB) of `test` against `anchor`: points (bpp, quality in dB), in any order.
+
+    A negative BD-rate, and a positive BD-quality, say that `test` is better: the average difference in log rate at
+    equal quality, and in quality at equal log rate, over what the curves share. Between points they are
+    piecewise cubic (PCHIP), as in the common test conditions of JVET: unlike the single cubic of 2001 and unlike
+    Akima's, that passes through any number of points without overshoot. Raises NotComparable.
+    """
+    import bjontegaard
+
+    curves = []
+    for name, points in (("the anchor", anchor), ("the curve", test)):
+        points = sorted(points)
+        if len(points) < BD_MIN_POINTS:
+            raise NotComparable(f"{name} has {len(points)} of the {BD_MIN_POINTS} points needed")
+        for (bpp, db), (next_bpp, next_db) in zip(points, points[1:]):
+            if not (0 < bpp < next_bpp and db < next_db):
+                raise NotComparable(
+                    f"{name} does not rise: {db:.2f} dB at {bpp:.3f} bpp, {next_db:.2f} dB at {next_bpp:.3f} bpp"
+                )
+        curves.append(np.array(points, np.float64))
+    (rates, qualities), (test_rates, test_qualities) = curves[0].T, curves[1].T
+    for a, b, unit in ((qualities, test_qualities, "dB"), (np.log10(rates), np.log10(test_rates), "decades of rate")):
+        shared, shorter = min(a[-1], b[-1]) - max(a[0], b[0]), min(np.ptp(a), np.ptp(b))
+        if shared < BD_MIN_OVERLAP * shorter:
+            raise NotComparable(f"the curves share {max(shared, 0.0):.2f} of {shorter:.2f} {unit}")
+    arguments = (rates, qualities, test_rates, test_qualities)
+    settings = {"method": "pchip", "require_matching_points": False, "min_overlap": 0.0}
+    return float(bjontegaard.bd_rate(*arguments, **settings)), float(bjontegaard.bd_psnr(*arguments, **settings))

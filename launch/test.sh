@@ -5,7 +5,8 @@
 #   ./launch/test.sh -m ''        everything, also what is marked slow
 #
 # HYPERPRIOR_SAMPLES names a folder with imagenet_train_sample.tar and imagenet_val_sample.tar in ImageNet's
-# own layout; the tests that want real photographs say that they are skipped where it is not set.
+# own layout, and kodak/ with the Kodak images; the tests that want real photographs say that they are skipped
+# where it is not set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -18,13 +18,19 @@ def test_help_and_config_errors_do_not_import_tensorflow(tmp_path: Path) -> None
         "try: cli.main()\nexcept SystemExit: pass\n"
         "loaded = [m for m in ('tensorflow', 'webdataset', 'numpy') if m in sys.modules]\nassert not loaded, loaded\n"
     )
-    for arguments in (["--help"], ["train", "--help"], ["train", "missing.yaml"], ["config", "--schema"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["train", "missing.yaml"],
+        ["config", "--schema"],
+    ):
         subprocess.run(
             [sys.executable, "-c", code.replace("{arguments}", repr(arguments))], check=True, capture_output=True
         )
 
 
-@pytest.mark.parametrize("command", ["train", "inspect", "pack", "config"])
+@pytest.mark.parametrize("command", ["train", "inspect", "pack", "evaluate", "config"])
 def test_every_command_explains_itself_with_an_example(hyperprior: Command, command: str) -> None:
     assert "Example:" in hyperprior(command, "--help").stdout
 

@@ -1,0 +1,501 @@
+"""The job: models on real images, from file to file, beside baselines and published curves.
+
+Every byte is counted and every picture decoded from it. A point of a curve is the mean over the images of each
+image's bpp, PSNR and MS-SSIM, as the published curves have it; an MS-SSIM in dB is that of the mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import importlib.resources
+import io
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from hyperprior import __version__, baselines, codec, images, plots, rd
+from hyperprior.checkpoint import write_text, write_whole
+from hyperprior.errors import ConfigError, DataError, GateError
+from hyperprior.files import IMAGE_SUFFIXES
+from hyperprior.terminal import Terminal
+
+FORMAT = 1  # of summary.json
+KODAK = {f"kodim{number:02d}.png" for number in range(1, 25)}
+METRICS = {"mse": "MSE", "ms-ssim": "MS-SSIM"}
+SHEET_PICTURES, SHEET_BPP = 4, 0.3  # the sheet shows the model nearest to a rate at which the differences show
+SHEET_BASELINES = ("jpeg-opt", "avif")
+COLUMNS = ["kind", "curve", "point", "image", "width", "height", "bytes", "bpp", "estimated_bits"]
+COLUMNS += ["mse", "psnr_db", "ms_ssim", "ms_ssim_db", "encode_seconds", "decode_seconds"]
+NOTES = """\
+- bpp, PSNR and MS-SSIM are means over the images of each image's value; bpp is of whole files, headers included.
+- PSNR is that of 8-bit RGB. "PSNR of mean MSE" averages the error before the logarithm, and so weighs bad images more.
+- MS-SSIM in dB is -10 log10(1 - mean MS-SSIM). It needs images of at least {side} pixels a side.
+- Seconds are medians over the images on this machine, after a warm-up; a kept baseline's are of when it was measured.
+- Loss is bpp + lambda 255² MSE, or bpp + lambda (1 - MS-SSIM), of the means over the images.
+- BD-rate: the average difference in rate at equal quality (PSNR, or MS-SSIM in dB); negative is better. BD-PSNR and
+  BD-MS-SSIM: in quality at equal rate, in dB; positive is better. Piecewise cubic (PCHIP) curves over log rate,
+  of at least {points} points each, that share at least {overlap:.0%} of the shorter one's range.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """`baselines` and `published` as on the command line; `margin` in percent of the loss."""
+
+    baselines: str = "all"
+    published: Optional[str] = None
+    cache: Optional[Path] = None
+    gate: Optional[Path] = None
+    margin: float = 0.5
+
+
+@dataclass(frozen=True)
+class Photo:
+    path: Path
+    height: int
+    width: int
+    sha256: str  # of the size and the pixels
+
+    def pixels(self) -> np.ndarray:
+        """[H, W, 3] uint8, upright. Raises DataError."""
+        try:
+            return images.photograph(self.path.read_bytes())[0]
+        except (images.Unusable, OSError) as error:
+            raise DataError(f"{self.path} cannot be used: {error}") from error
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    codec: Any  # of codec.load
+
+    def facts(self) -> dict[str, Any]:
+        loss = self.codec.config.loss
+        return {"lambda": loss.lmbda, "metric": loss.metric, "fingerprint": self.codec.fingerprint}
+
+    @property
+    def curve(self) -> str:
+        """Models that differ in lambda alone form one curve."""
+        return f"hyperprior, {METRICS[self.codec.config.loss.metric]}"
+
+
+def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, terminal: Terminal) -> str:
+    """Measures, compares and draws into `out`; gives the summary as Markdown.
+
+    Raises ConfigError and DataError before anything is measured, and GateError after everything is written.
+    """
+    photos = find_photos(folder)
+    chosen = baselines.choose(options.baselines, terminal.say)
+    published = read_published(options.published, photos)
+    models = load_models(paths)
+    stored = read_gate(options.gate, out, photos, models) if options.gate else {}
+    cache = baselines.Cache(options.cache or baselines.default_cache())
+
+    rows = measure(photos, models, chosen, cache, terminal)
+    points = average(rows, models, chosen) + published
+    verdicts = (
+        [judge(point, stored[point["point"]], options.margin) for point in points if point["kind"] == "model"]
+        if stored
+        else []
+    )
+    summary = {
+        "format": FORMAT,
+        "hyperprior": __version__,
+        "images": [{"name": p.path.name, "width": p.width, "height": p.height, "sha256": p.sha256} for p in photos],
+        "points": points,
+        "bd": compare(points),
+        "gate": verdicts,
+    }
+    text = describe(summary)
+    write_text(out / "images.csv", to_csv(rows))
+    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_text(out / "summary.md", text)
+    draw(points, out)
+    shown = min(models, key=lambda model: abs(rate_of(model, points) - SHEET_BPP))
+    sheet = plots.picture_sheet(
+        f"{shown.name}: {shown.curve}, lambda {shown.facts()['lambda']:g}", sheet_rows(shown, photos, chosen)
+    )
+    write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
+    if worse := [verdict for verdict in verdicts if not verdict["passed"]]:
+        raise GateError("; ".join(map(say_verdict, worse)))
+    return text
+
+
+# What is compared -------------------------------------------------------------------------------------------
+
+
+def find_photos(folder: Path) -> list[Photo]:
+    """The images in `folder`, by name, each decoded once. Raises DataError."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    except OSError as error:
+        raise DataError(f"--images {folder} cannot be read: {error.strerror}") from error
+    if not paths:
+        raise DataError(f"--images {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    photos = []
+    for path in paths:
+        pixels = Photo(path, 0, 0, "").pixels()
+        height, width = pixels.shape[:2]
+        photos.append(
+            Photo(path, height, width, hashlib.sha256(b"%dx%d " % (height, width) + pixels.tobytes()).hexdigest())
+        )
+    return photos
+
+
+def load_models(paths: Sequence[Path]) -> list[Model]:
+    """The models under short names that differ. Raises what codec.load does, and ConfigError for one given twice."""
+    names = [path.resolve().parent.name if path.name == "model" else path.resolve().name for path in paths]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ConfigError("a model is given twice")
+    return [Model(n if names.count(n) == 1 else str(p), codec.load(p)) for n, p in zip(names, paths)]
+
+
+def read_published(choice: Optional[str], photos: Sequence[Photo]) -> list[dict[str, Any]]:
+    """Points of published curves. Raises ConfigError.
+
+    None stands for the curves that ship with the package, which are averages over the 24 Kodak images: they are
+    used for these alone. A path is used as it is.
+    """
+    if choice == "none" or (choice is None and {photo.path.name for photo in photos} != KODAK):
+        return []
+    points: list[dict[str, Any]] = []
+    try:
+        source = importlib.resources.files("hyperprior") / "kodak_rd.csv" if choice is None else Path(choice)
+        for row in csv.DictReader(io.StringIO(source.read_text("utf-8"))):
+            metric = METRICS.get(row.get("optimized_for") or "")
+            ms_ssim = float(row["ms_ssim"]) if row["ms_ssim"] else None
+            points.append(
+                {
+                    "kind": "published",
+                    "curve": row["codec"] + (f", {metric}" if metric else ""),
+                    "point": row.get("lambda") or "",
+                    "bpp": float(row["bpp"]),
+                    "psnr_db": float(row["psnr_db"]) if row["psnr_db"] else None,
+                    "ms_ssim": ms_ssim,
+                    "ms_ssim_db": None if ms_ssim is None else rd.ms_ssim_db(ms_ssim),
+                    "source": row.get("source") or "",
+                }
+            )
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--published {choice} cannot be read: {error}") from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ConfigError(
+            f"--published {choice}, point {len(points) + 1}: {error!r}; the columns are codec, optimized_for, lambda, "
+            "bpp, psnr_db, ms_ssim and source"
+        ) from error
+    return points
+
+
+# Measuring --------------------------------------------------------------------------------------------------
+
+
+def measure(
+    photos: Sequence[Photo],
+    models: Sequence[Model],
+    chosen: Sequence[baselines.Baseline],
+    cache: baselines.Cache,
+    terminal: Terminal,
+) -> list[dict[str, Any]]:
+    """One row of `COLUMNS` for every image and model, and every image, baseline and quality."""
+    rows = []
+    for model in models:  # the first call traces graphs
+        pixels = photos[0].pixels()
+        model.codec.decompress(model.codec.compress(pixels))
+    with terminal.track("images", len(photos)) as track:
+        for done, photo in enumerate(photos, 1):
+            pixels = photo.pixels()
+
+            def add(kind: str, curve: str, point: object, row: dict[str, Any], photo: Photo = photo) -> None:
+                size = {
+                    "width": photo.width,
+                    "height": photo.height,
+                    "bpp": 8 * row["bytes"] / photo.width / photo.height,
+                }
+                rows.append(
+                    {"kind": kind, "curve": curve, "point": str(point), "image": photo.path.name, **size, **row}
+                )
+
+            for model in models:
+                row = round_trip(pixels, model.codec.compress, model.codec.decompress)
+                add("model", model.curve, model.name, {**row, "estimated_bits": model.codec.estimated_bits(pixels)})
+            for baseline in chosen:
+                for value in baseline.sweep:
+                    row = cache.measured(
+                        cache.key(baseline, value, photo.sha256),
+                        lambda: round_trip(pixels, lambda x: baseline.encode(x, value), baselines.decode),  # noqa: B023
+                    )
+                    add("baseline", baseline.label, value, row)
+            ours = [f"{row['bpp']:.3f} bpp {row['psnr_db']:.2f} dB" for row in rows if row["kind"] == "model"]
+            track.line(done, f"{photo.path.name}  {', '.join(ours[-len(models) :])}")
+    return rows
+
+
+def round_trip(
+    pixels: np.ndarray, encode: Callable[[np.ndarray], bytes], decode: Callable[[bytes], np.ndarray]
+) -> dict[str, Any]:
+    """Size, seconds and distortion of [H, W, 3] uint8 through a file. MS-SSIM is None for images too small for it."""
+    started = time.perf_counter()
+    data = encode(pixels)
+    encoded = time.perf_counter()
+    decoded = decode(data)
+    seconds = {"encode_seconds": encoded - started, "decode_seconds": time.perf_counter() - encoded}
+    return {"bytes": len(data), **seconds, **distortions(pixels, decoded)}
+
+
+def distortions(original: np.ndarray, decoded: np.ndarray) -> dict[str, Optional[float]]:
+    """Of two [H, W, 3] uint8: MSE on [0, 1], PSNR, MS-SSIM; float32 moves them by less than 0.001 dB."""
+    assert original.shape == decoded.shape, (original.shape, decoded.shape)
+    x, x_hat = (tf.constant(image[None], tf.float32) / 255.0 for image in (original, decoded))
+    mse = rd.mse(x, x_hat)[0]
+    ms_ssim = float(ms_ssim_graph()(x, x_hat)[0]) if min(original.shape[:2]) >= rd.MS_SSIM_MIN_SIDE else None
+    return {
+        "mse": float(mse),
+        "psnr_db": float(rd.psnr_db(mse)),
+        "ms_ssim": ms_ssim,
+        "ms_ssim_db": None if ms_ssim is None else rd.ms_ssim_db(ms_ssim),
+    }
+
+
+@functools.lru_cache
+def ms_ssim_graph() -> Callable[..., tf.Tensor]:
+    """rd.ms_ssim as one graph for all sizes, which takes 0.6 of the time."""
+    return tf.function(rd.ms_ssim, input_signature=[tf.TensorSpec([1, None, None, 3], tf.float32)] * 2)
+
+
+# Curves -----------------------------------------------------------------------------------------------------
+
+
+def average(
+    rows: Sequence[dict[str, Any]], models: Sequence[Model], chosen: Sequence[baselines.Baseline]
+) -> list[dict[str, Any]]:
+    """The points of the curves: means over the images, and medians of seconds."""
+    facts: dict[tuple[str, str], dict[str, Any]] = {("model", model.name): model.facts() for model in models}
+    facts.update({("baseline", baseline.label): baseline.settings() for baseline in chosen})
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["kind"], row["curve"], row["point"]].append(row)
+    points = []
+    for (kind, curve, name), group in groups.items():
+
+        def mean(column: str, group: list[dict[str, Any]] = group) -> Optional[float]:
+            values = [row[column] for row in group if row.get(column) is not None]
+            return statistics.fmean(values) if values else None
+
+        ms_ssim, mse = mean("ms_ssim"), mean("mse") or 0.0
+        point = {
+            "kind": kind,
+            "curve": curve,
+            "point": name,
+            "bpp": mean("bpp"),
+            "psnr_db": mean("psnr_db"),
+            "psnr_db_of_mean_mse": float(rd.psnr_db(mse)),
+            "ms_ssim": ms_ssim,
+            "ms_ssim_db": None if ms_ssim is None else rd.ms_ssim_db(ms_ssim),
+            "bytes": sum(row["bytes"] for row in group),
+            "encode_seconds": statistics.median(row["encode_seconds"] for row in group),
+            "decode_seconds": statistics.median(row["decode_seconds"] for row in group),
+            **facts[kind, name if kind == "model" else curve],
+        }
+        if kind == "model":
+            point["estimated_bpp"] = statistics.fmean(r["estimated_bits"] / r["width"] / r["height"] for r in group)
+            distortion = mse if point["metric"] == "mse" else None if ms_ssim is None else 1.0 - ms_ssim
+            if distortion is not None:
+                point["loss"] = float(rd.lagrangian(point["bpp"], distortion, point["lambda"], point["metric"]))
+        points.append(point)
+    return points
+
+
+def compare(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """BD values of each curve of models against every baseline and published curve, or why there are none."""
+    curves = defaultdict(list)
+    for point in points:
+        curves[point["kind"], point["curve"]].append(point)
+    results = []
+    for (kind, curve), test in curves.items():
+        for (other_kind, other), anchor in curves.items():
+            if kind != "model" or other_kind == "model":
+                continue
+            result: dict[str, Any] = {"curve": curve, "against": other, "kind": other_kind}
+            for quality in ("psnr_db", "ms_ssim_db"):
+                pair = [[(p["bpp"], p[quality]) for p in c if p[quality] is not None] for c in (anchor, test)]
+                try:
+                    rate, decibels = rd.bd(*pair)
+                    result[quality] = {"rate_percent": rate, "quality_db": decibels}
+                except rd.NotComparable as reason:
+                    result[quality] = {"refused": str(reason)}
+            results.append(result)
+    return results
+
+
+# The gate ---------------------------------------------------------------------------------------------------
+
+
+def read_gate(path: Path, out: Path, photos: Sequence[Photo], models: Sequence[Model]) -> dict[str, dict[str, Any]]:
+    """For each model's name the stored point it has to match: the one of its metric and lambda.
+
+    So a model may be retrained, renamed or differently built. Where several were stored, the one of its name
+    counts. Raises ConfigError where the file, its images or its models do not fit.
+    """
+    if path.resolve() == (out / "summary.json").resolve():
+        raise ConfigError(f"--gate {path} would be overwritten by the new result; choose another --out")
+    try:
+        summary = json.loads(path.read_text())
+        before = {image["name"]: image["sha256"] for image in summary["images"]}
+        points = [point for point in summary["points"] if point["kind"] == "model"]
+        known = summary["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--gate {path} is no summary.json of `hyperprior evaluate`: {error!r}") from error
+    if not known:
+        raise ConfigError(f"--gate {path} has format {summary['format']}; this version compares format {FORMAT}")
+    now = {photo.path.name: photo.sha256 for photo in photos}
+    if differing := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        raise ConfigError(
+            f"--gate {path} was measured on other images: {len(differing)} differ or are missing on one side, "
+            f"first {differing[0]}"
+        )
+    stored = {}
+    for model in models:
+        facts = model.facts()
+        fitting = [p for p in points if p.get("loss") and all(p[k] == facts[k] for k in ("metric", "lambda"))]
+        fitting = [p for p in fitting if p["point"] == model.name] if len(fitting) > 1 else fitting
+        if len(fitting) != 1:
+            there = ", ".join(f"{p['point']} ({p['metric']}, lambda {p['lambda']:g})" for p in points) or "nothing"
+            raise ConfigError(
+                f"--gate {path} has no one result to compare {model.name} ({facts['metric']}, lambda "
+                f"{facts['lambda']:g}) with; it holds {there}"
+            )
+        stored[model.name] = fitting[0]
+    return stored
+
+
+def judge(point: dict[str, Any], stored: dict[str, Any], margin: float) -> dict[str, Any]:
+    """A model's loss on real files beside the stored one; a change of the rate alone, or of lambda's side of the
+    trade, so counts for what it is worth. `margin` in percent."""
+    passed = point["loss"] <= stored["loss"] * (1.0 + margin / 100.0)
+    change = 100.0 * (point["loss"] / stored["loss"] - 1.0)
+    facts = {"point": point["point"], "loss": point["loss"], "stored_loss": stored["loss"]}
+    return {**facts, "change_percent": change, "margin_percent": margin, "passed": passed}
+
+
+def say_verdict(verdict: dict[str, Any]) -> str:
+    return (
+        f"{verdict['point']} is {'as good' if verdict['passed'] else 'worse'}: loss {verdict['loss']:.4f}, stored "
+        f"{verdict['stored_loss']:.4f} ({verdict['change_percent']:+.2f}%, margin {verdict['margin_percent']:g}%)"
+    )
+
+
+# Results ----------------------------------------------------------------------------------------------------
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    photos = summary["images"]
+    lines = [f"# {len(photos)} images, {photos[0]['name']} to {photos[-1]['name']}", ""]
+    common = ["bpp", "PSNR, dB", "PSNR of mean MSE", "MS-SSIM", "MS-SSIM, dB", "encode, s", "decode, s"]
+    for kind, head in (
+        ("model", ["model", "lambda", "metric", *common, "estimated bpp", "loss"]),
+        ("baseline", ["codec", "setting", *common]),
+    ):
+        table = [head]
+        for p in (p for p in summary["points"] if p["kind"] == kind):
+            name = [p["point"], f"{p['lambda']:g}", p["metric"]] if kind == "model" else [p["curve"], p["point"]]
+            columns = (
+                "bpp",
+                "psnr_db",
+                "psnr_db_of_mean_mse",
+                "ms_ssim",
+                "ms_ssim_db",
+                "encode_seconds",
+                "decode_seconds",
+            )
+            numbers = [number(p[column], digits) for column, digits in zip(columns, (4, 3, 3, 5, 3, 3, 3))]
+            ending = [number(p["estimated_bpp"], 4), number(p.get("loss"), 4)] if kind == "model" else []
+            table.append(name + numbers + ending)
+        lines += [*markdown(table), ""] if len(table) > 1 else []
+    table = [["curve", "against", "BD-rate (PSNR)", "BD-PSNR", "BD-rate (MS-SSIM)", "BD-MS-SSIM"]]
+    said: set[tuple[str, str]] = set()
+    for row in summary["bd"]:
+        cells = []
+        for value in (row["psnr_db"], row["ms_ssim_db"]):
+            reason = value.get("refused")
+            cells += [reason, ""] if reason else [f"{value['rate_percent']:+.1f}%", f"{value['quality_db']:+.2f} dB"]
+        against = row["against"] + (" (published)" if row["kind"] == "published" else "")
+        if cells[0].startswith("the curve "):  # a curve that compares with none says so once
+            if (row["curve"], cells[0]) in said:
+                continue
+            said.add((row["curve"], cells[0]))
+            against = "every other"
+        table.append([row["curve"], against, *cells])
+    lines += [*markdown(table), ""] if len(table) > 1 else []
+    lines += [f"- Gate: {say_verdict(verdict)}." for verdict in summary["gate"]]
+    lines += [NOTES.format(side=rd.MS_SSIM_MIN_SIDE, points=rd.BD_MIN_POINTS, overlap=rd.BD_MIN_OVERLAP)]
+    settings = {p["curve"]: p for p in summary["points"] if p["kind"] == "baseline"}
+    for curve, p in settings.items():
+        options = ", ".join(f"{key} {value}" for key, value in p["options"].items())
+        lines.append(f"- {curve}: Pillow {p['pillow']}, codec {p['codec']}; {options}.")
+    return "\n".join(lines) + "\n"
+
+
+def number(value: Optional[float], digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
+
+
+def draw(points: Sequence[dict[str, Any]], out: Path) -> None:
+    """rd_psnr and rd_ms_ssim, as PNG and SVG."""
+    for name, quality, label in (("psnr", "psnr_db", "PSNR (RGB), dB"), ("ms_ssim", "ms_ssim_db", "MS-SSIM, dB")):
+        if any(point["kind"] == "model" and point[quality] is not None for point in points):
+            figure = plots.rd_figure(points, quality, label)
+            for kind in ("png", "svg"):
+                write_whole(out / f"rd_{name}.{kind}", lambda file: plots.save(figure, file, kind))  # noqa: B023
+
+
+def rate_of(model: Model, points: Sequence[dict[str, Any]]) -> float:
+    return next(point["bpp"] for point in points if point["kind"] == "model" and point["point"] == model.name)
+
+
+def sheet_rows(
+    model: Model, photos: Sequence[Photo], chosen: Sequence[baselines.Baseline]
+) -> list[list[plots.Picture]]:
+    """For some images, evenly spaced by name: the original, ours, and baselines of at most as many bytes."""
+    count = min(SHEET_PICTURES, len(photos))
+    rows = []
+    for photo in (photos[index * len(photos) // count] for index in range(count)):
+        pixels = photo.pixels()
+        row = [plots.Picture("Original", [photo.path.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
+        data = model.codec.compress(pixels)
+        coded = [("hyperprior", data, model.codec.decompress(data))]
+        for baseline in (b for b in chosen if b.name in SHEET_BASELINES):
+            file, quality = baselines.fit(baseline, pixels, len(data))
+            coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file)))
+        for title, file, decoded in coded:
+            found = distortions(pixels, decoded)
+            bpp = 8 * len(file) / photo.width / photo.height
+            quality_line = f"PSNR {found['psnr_db']:.2f} dB"
+            if found["ms_ssim"] is not None:
+                quality_line += f" · MS-SSIM {found['ms_ssim']:.4f}"
+            row.append(plots.Picture(title, [f"{len(file):,} bytes · {bpp:.3f} bpp", quality_line], decoded))
+        rows.append(row)
+    return rows
