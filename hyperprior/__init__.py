@@ -11,10 +11,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# TensorFlow reads this when it is first imported. By itself it turns its oneDNN kernels on only where a CPU has
-# AVX512-VNNI or AMX; with AVX2 alone they halve the time of the codec's transforms (not of a training step).
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-
 
 def load(path: str | Path) -> Codec:
     """The codec of a model directory, or of a run that was exported.
@@ -23,6 +19,16 @@ def load(path: str | Path) -> Codec:
     `codec.decompress(data)` the image. Raises errors.ConfigError if there is no model, errors.DataError if it
     is damaged.
     """
+    prefer_onednn()
     from hyperprior import codec  # TensorFlow takes seconds to import
 
     return codec.load(path)
+
+
+def prefer_onednn() -> None:
+    """Turns on TensorFlow's oneDNN kernels, unless the environment decides; before TensorFlow is imported.
+
+    By itself TensorFlow does so only where a CPU has AVX512-VNNI or AMX. With AVX2 alone they halve the time of
+    the codec's transforms; a training step takes as long, and bfloat16 fails, so training leaves it alone.
+    """
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")

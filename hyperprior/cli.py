@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hyperprior import __version__
+from hyperprior import __version__, prefer_onednn
 from hyperprior.errors import HyperpriorError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -237,6 +237,7 @@ def evaluate(
     """
     from hyperprior.terminal import Terminal
 
+    prefer_onednn()
     keep_freed_memory()
     from hyperprior import evaluate as job
 

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 from PIL import Image
 
-from hyperprior import checkpoint, container, images
+from hyperprior import checkpoint, container, images, load
 from hyperprior.errors import ConfigError, DataError, HyperpriorError
 from hyperprior.terminal import Terminal
 
@@ -174,9 +174,7 @@ def open_model(model: Optional[str]) -> Codec:
         raise ConfigError(
             "no model: --model takes a run or what `hyperprior export` wrote; HYPERPRIOR_MODEL sets a default"
         )
-    from hyperprior import codec
-
-    return codec.load(model)
+    return load(model)
 
 
 def describe(num_bytes: int, height: int, width: int) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.modules["hyperprior"] = None  # type: ignore[assignment]
-
 import numpy as np
 import tensorflow as tf
 import tensorflow_compression  # noqa: F401  its range coder
 
+sys.modules["hyperprior"] = None  # type: ignore[assignment]
 try:
     import hyperprior  # noqa: F401
 except ImportError:

@@ -152,9 +152,7 @@ def test_integer_h_s_is_the_same_in_any_order_of_summation(codec: Codec) -> None
     assert np.array_equal(codec.index_sums(beside_another).numpy()[1], sums)
 
 
-def test_float_h_s_would_give_other_indexes_in_another_order_and_ruin_what_follows(
-    codec: Codec,
-) -> None:
+def test_float_h_s_would_give_other_indexes_in_another_order_and_ruin_what_follows(codec: Codec) -> None:
     """Why h_s is integer arithmetic: float32 sums depend on their order, which depends on the machine."""
     tf.random.set_seed(1)
     first, second, last = transforms.hyper_synthesis(96, 64, "float32").layers
@@ -276,7 +274,7 @@ def test_mutated_files_are_errors_or_images_of_the_declared_size(codec: Codec, d
             image = codec.decompress(mutant.data, max_pixels=2**17)
         except BitstreamError:
             continue
-        assert image.shape == struct.unpack_from("<HH", mutant.data, 13) + (3,)
+        assert image.shape == (*struct.unpack_from("<HH", mutant.data, 13), 3)
         assert mutant.sealed or mutant.data in (data, codec.compress(picture(6, 30, 200)))
 
 
