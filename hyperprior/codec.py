@@ -121,8 +121,8 @@ class Codec:
         files: list[bytes] = [b""] * len(images)
         for group in batches([(image.shape[0], image.shape[1]) for image in images]):
             chosen = [images[i] for i in group]
-            for i, coded in zip(group, self._encode(*self._latents(chosen))):
-                height, width = images[i].shape[:2]
+            sizes = [(image.shape[0], image.shape[1]) for image in chosen]
+            for i, (height, width), coded in zip(group, sizes, self._encode(*self._latents(chosen), sizes)):
                 files[i] = container.write(container.Stream(bytes.fromhex(self.fingerprint), height, width, *coded))
         return files
 
@@ -184,12 +184,14 @@ class Codec:
     def _strips(self, z: np.ndarray) -> Iterator[Span]:
         return spans(z.shape[1], strip_rows(z.shape[2]), H_S_MARGIN)
 
-    def _encode(self, y: np.ndarray, z: np.ndarray) -> list[tuple[bytes, np.ndarray, int]]:
-        """(range-coded string, escapes, checksum) of each image's latents."""
+    def _encode(
+        self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]
+    ) -> list[tuple[bytes, np.ndarray, int]]:
+        """(range-coded string, escapes, checksum) of the latents of images of (height, width)."""
         count = len(y)
         handle = tfc.create_range_encoder([count], self.tables.lookup)
         escapes: list[list[np.ndarray]] = [[np.empty(0, np.int16)] for _ in range(count)]
-        checksums, done = [0] * count, 0
+        checksums, done = [container.size_checksum(*size) for size in sizes], 0
 
         def put(values: np.ndarray, index: Any) -> None:
             nonlocal handle, done
@@ -213,7 +215,7 @@ class Codec:
         count = len(streams)
         height, width = container.blocks(streams[0].height), container.blocks(streams[0].width)
         handle = tfc.create_range_decoder([stream.coded for stream in streams], self.tables.lookup)
-        checksums, done, used = [0] * count, 0, [0] * count
+        checksums, done, used = [container.size_checksum(s.height, s.width) for s in streams], 0, [0] * count
 
         def take(index: Any) -> np.ndarray:
             nonlocal handle, done

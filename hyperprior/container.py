@@ -8,7 +8,7 @@ offset  size  little-endian
     15     2  width in pixels
     17     4  length C of the range-coded string
     21     4  number E of escapes
-    25     4  checksum of the symbols
+    25     4  checksum of the size and the symbols, see `checksum`
     29     C  range-coded symbols: ẑ, then ŷ, each by row, column, channel
 29 + C    2E  escapes, int16: the values outside their tables, in coding order
            4  CRC-32 of all bytes before it
@@ -84,10 +84,15 @@ def blocks(pixels: int) -> int:
     return -(-pixels // DOWNSAMPLING)
 
 
-def checksum(values: np.ndarray, start: int = 0, before: int = 0) -> int:
-    """Σ (2i + 1) · value_i modulo 2³² over the symbols in coding order; any one wrong symbol changes it.
+def size_checksum(height: int, width: int) -> int:
+    """The checksum of an image's size, before any symbol."""
+    return height << 16 | width
 
-    `values` continue a sequence of `start` symbols whose checksum is `before`.
+
+def checksum(values: np.ndarray, start: int, before: int) -> int:
+    """`before` + Σ (2i + 1) · value_i modulo 2³² over symbols i = start, … in coding order.
+
+    So the checksum goes on from `size_checksum` over all symbols; any one wrong symbol changes it.
     """
     values = values.ravel().astype(np.uint32)
     weights = np.arange(start, start + values.size, dtype=np.uint32) * np.uint32(2) + np.uint32(1)

@@ -7,7 +7,6 @@ image's bpp, PSNR and MS-SSIM, as the published curves have it; an MS-SSIM in dB
 from __future__ import annotations
 
 import csv
-import functools
 import hashlib
 import importlib.resources
 import io
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import tensorflow as tf
 
 from hyperprior import __version__, baselines, codec, images, plots, rd
 from hyperprior.checkpoint import write_text, write_whole
@@ -36,6 +34,15 @@ SHEET_PICTURES, SHEET_BPP = 4, 0.3  # the sheet shows the model nearest to a rat
 SHEET_BASELINES = ("jpeg-opt", "avif")
 COLUMNS = ["kind", "curve", "point", "image", "width", "height", "bytes", "bpp", "estimated_bits"]
 COLUMNS += ["mse", "psnr_db", "ms_ssim", "ms_ssim_db", "encode_seconds", "decode_seconds"]
+SHOWN = [  # title, column, digits
+    ("bpp", "bpp", 4),
+    ("PSNR, dB", "psnr_db", 3),
+    ("PSNR of mean MSE", "psnr_db_of_mean_mse", 3),
+    ("MS-SSIM", "ms_ssim", 5),
+    ("MS-SSIM, dB", "ms_ssim_db", 3),
+    ("encode, s", "encode_seconds", 3),
+    ("decode, s", "decode_seconds", 3),
+]
 NOTES = """\
 - bpp, PSNR and MS-SSIM are means over the images of each image's value; bpp is of whole files, headers included.
 - PSNR is that of 8-bit RGB. "PSNR of mean MSE" averages the error before the logarithm, and so weighs bad images more.
@@ -90,7 +97,7 @@ class Model:
 
 
 def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, terminal: Terminal) -> str:
-    """Measures, compares and draws into `out`; gives the summary as Markdown.
+    """Measures, compares and draws into `out`; gives the summary as Markdown, but for the baselines' points.
 
     Raises ConfigError and DataError before anything is measured, and GateError after everything is written.
     """
@@ -108,7 +115,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
         if stored
         else []
     )
-    summary = {
+    summary: dict[str, Any] = {
         "format": FORMAT,
         "hyperprior": __version__,
         "images": [{"name": p.path.name, "width": p.width, "height": p.height, "sha256": p.sha256} for p in photos],
@@ -116,10 +123,14 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
         "bd": compare(points),
         "gate": verdicts,
     }
-    text = describe(summary)
     write_text(out / "images.csv", to_csv(rows))
     write_text(out / "summary.json", json.dumps(summary, indent=1))
-    write_text(out / "summary.md", text)
+    ours = [f"# {len(photos)} images, {photos[0].path.name} to {photos[-1].path.name}", ""]
+    ours += [*describe_points(points, "model"), *describe_bd(summary["bd"])]
+    ours += [f"- Gate: {say_verdict(verdict)}." for verdict in verdicts]
+    write_text(
+        out / "summary.md", "\n".join([*ours, *describe_points(points, "baseline"), *describe_how(points)]) + "\n"
+    )
     draw(points, out)
     shown = min(models, key=lambda model: abs(rate_of(model, points) - SHEET_BPP))
     sheet = plots.picture_sheet(
@@ -128,7 +139,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
     if worse := [verdict for verdict in verdicts if not verdict["passed"]]:
         raise GateError("; ".join(map(say_verdict, worse)))
-    return text
+    return "\n".join(ours)
 
 
 # What is compared -------------------------------------------------------------------------------------------
@@ -249,27 +260,7 @@ def round_trip(
     encoded = time.perf_counter()
     decoded = decode(data)
     seconds = {"encode_seconds": encoded - started, "decode_seconds": time.perf_counter() - encoded}
-    return {"bytes": len(data), **seconds, **distortions(pixels, decoded)}
-
-
-def distortions(original: np.ndarray, decoded: np.ndarray) -> dict[str, Optional[float]]:
-    """Of two [H, W, 3] uint8: MSE on [0, 1], PSNR, MS-SSIM; float32 moves them by less than 0.001 dB."""
-    assert original.shape == decoded.shape, (original.shape, decoded.shape)
-    x, x_hat = (tf.constant(image[None], tf.float32) / 255.0 for image in (original, decoded))
-    mse = rd.mse(x, x_hat)[0]
-    ms_ssim = float(ms_ssim_graph()(x, x_hat)[0]) if min(original.shape[:2]) >= rd.MS_SSIM_MIN_SIDE else None
-    return {
-        "mse": float(mse),
-        "psnr_db": float(rd.psnr_db(mse)),
-        "ms_ssim": ms_ssim,
-        "ms_ssim_db": None if ms_ssim is None else rd.ms_ssim_db(ms_ssim),
-    }
-
-
-@functools.lru_cache
-def ms_ssim_graph() -> Callable[..., tf.Tensor]:
-    """rd.ms_ssim as one graph for all sizes, which takes 0.6 of the time."""
-    return tf.function(rd.ms_ssim, input_signature=[tf.TensorSpec([1, None, None, 3], tf.float32)] * 2)
+    return {"bytes": len(data), **seconds, **rd.distortions(pixels, decoded)}
 
 
 # Curves -----------------------------------------------------------------------------------------------------
@@ -405,53 +396,40 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """The summary as Markdown."""
-    photos = summary["images"]
-    lines = [f"# {len(photos)} images, {photos[0]['name']} to {photos[-1]['name']}", ""]
-    common = ["bpp", "PSNR, dB", "PSNR of mean MSE", "MS-SSIM", "MS-SSIM, dB", "encode, s", "decode, s"]
-    for kind, head in (
-        ("model", ["model", "lambda", "metric", *common, "estimated bpp", "loss"]),
-        ("baseline", ["codec", "setting", *common]),
-    ):
-        table = [head]
-        for p in (p for p in summary["points"] if p["kind"] == kind):
+def describe_points(points: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """A Markdown table of the points of models, or of baselines."""
+    head = ["model", "lambda", "metric"] if kind == "model" else ["codec", "setting"]
+    table = [head + [title for title, _, _ in SHOWN] + (["estimated bpp", "loss"] if kind == "model" else [])]
+    for p in points:
+        if p["kind"] == kind:
             name = [p["point"], f"{p['lambda']:g}", p["metric"]] if kind == "model" else [p["curve"], p["point"]]
-            columns = (
-                "bpp",
-                "psnr_db",
-                "psnr_db_of_mean_mse",
-                "ms_ssim",
-                "ms_ssim_db",
-                "encode_seconds",
-                "decode_seconds",
-            )
-            numbers = [number(p[column], digits) for column, digits in zip(columns, (4, 3, 3, 5, 3, 3, 3))]
             ending = [number(p["estimated_bpp"], 4), number(p.get("loss"), 4)] if kind == "model" else []
-            table.append(name + numbers + ending)
-        lines += [*markdown(table), ""] if len(table) > 1 else []
+            table.append(name + [number(p[column], digits) for _, column, digits in SHOWN] + ending)
+    return markdown(table)
+
+
+def describe_bd(results: Sequence[dict[str, Any]]) -> list[str]:
     table = [["curve", "against", "BD-rate (PSNR)", "BD-PSNR", "BD-rate (MS-SSIM)", "BD-MS-SSIM"]]
-    said: set[tuple[str, str]] = set()
-    for row in summary["bd"]:
+    for row in results:
         cells = []
         for value in (row["psnr_db"], row["ms_ssim_db"]):
             reason = value.get("refused")
             cells += [reason, ""] if reason else [f"{value['rate_percent']:+.1f}%", f"{value['quality_db']:+.2f} dB"]
         against = row["against"] + (" (published)" if row["kind"] == "published" else "")
         if cells[0].startswith("the curve "):  # a curve that compares with none says so once
-            if (row["curve"], cells[0]) in said:
-                continue
-            said.add((row["curve"], cells[0]))
             against = "every other"
-        table.append([row["curve"], against, *cells])
-    lines += [*markdown(table), ""] if len(table) > 1 else []
-    lines += [f"- Gate: {say_verdict(verdict)}." for verdict in summary["gate"]]
-    lines += [NOTES.format(side=rd.MS_SSIM_MIN_SIDE, points=rd.BD_MIN_POINTS, overlap=rd.BD_MIN_OVERLAP)]
-    settings = {p["curve"]: p for p in summary["points"] if p["kind"] == "baseline"}
-    for curve, p in settings.items():
+        if [row["curve"], against, *cells] not in table:
+            table.append([row["curve"], against, *cells])
+    return markdown(table)
+
+
+def describe_how(points: Sequence[dict[str, Any]]) -> list[str]:
+    """How everything was measured."""
+    lines = [NOTES.format(side=rd.MS_SSIM_MIN_SIDE, points=rd.BD_MIN_POINTS, overlap=rd.BD_MIN_OVERLAP)]
+    for curve, p in {p["curve"]: p for p in points if p["kind"] == "baseline"}.items():
         options = ", ".join(f"{key} {value}" for key, value in p["options"].items())
         lines.append(f"- {curve}: Pillow {p['pillow']}, codec {p['codec']}; {options}.")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def number(value: Optional[float], digits: int) -> str:
@@ -460,7 +438,7 @@ def number(value: Optional[float], digits: int) -> str:
 
 def markdown(table: Sequence[Sequence[str]]) -> list[str]:
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
-    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:], ""] if len(table) > 1 else []
 
 
 def draw(points: Sequence[dict[str, Any]], out: Path) -> None:
@@ -491,7 +469,7 @@ def sheet_rows(
             file, quality = baselines.fit(baseline, pixels, len(data))
             coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file)))
         for title, file, decoded in coded:
-            found = distortions(pixels, decoded)
+            found = rd.distortions(pixels, decoded)
             bpp = 8 * len(file) / photo.width / photo.height
             quality_line = f"PSNR {found['psnr_db']:.2f} dB"
             if found["ms_ssim"] is not None:

@@ -184,15 +184,11 @@ def describe(num_bytes: int, height: int, width: int) -> str:
 
 def quality(image: np.ndarray, decoded: np.ndarray) -> str:
     """PSNR and, where the image is large enough, MS-SSIM of 8-bit images."""
-    import tensorflow as tf
-
     from hyperprior import rd
 
-    x, x_hat = (tf.constant(pixels[None], tf.float32) / 255.0 for pixels in (image, decoded))
-    text = f"PSNR {float(rd.psnr_db(rd.mse(x, x_hat))[0]):.2f} dB"
-    if min(image.shape[:2]) >= rd.MS_SSIM_MIN_SIDE:
-        text += f"  MS-SSIM {float(rd.ms_ssim(x, x_hat)[0]):.4f}"
-    return text
+    found = rd.distortions(image, decoded)
+    similarity = "" if found["ms_ssim"] is None else f"  MS-SSIM {found['ms_ssim']:.4f}"
+    return f"PSNR {found['psnr_db']:.2f} dB{similarity}"
 
 
 # info -----------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def save(codec: Codec, folder: Path) -> None:
             [
                 container.MAGIC + bytes([container.VERSION]) + bytes.fromhex(codec.fingerprint),
                 to_bytes([height, width], 2),
-                to_bytes([tf.cast(tf.strings.length(coded), tf.int64), tf.size(escapes, tf.int64), checksum(z, y)], 4),
+                to_bytes([tf.strings.length(coded), tf.size(escapes)], 4),
+                to_bytes([checksum(height, width, z, y)], 4),
                 coded,
                 to_bytes(escapes, 2),
             ]
@@ -83,7 +84,7 @@ def save(codec: Codec, folder: Path) -> None:
         z = fill(z, z_escaped, escapes[:in_z])
         handle, y, y_escaped = entropy.decode(handle, codec.tables, codec.indexes(z))
         y = fill(y, y_escaped, escapes[in_z:])
-        tf.debugging.Assert(checksum(z, y) == expected, ["decodes to other symbols than were encoded"])
+        tf.debugging.Assert(checksum(height, width, z, y) == expected, ["decodes to other symbols than were encoded"])
         return {
             "image": codec.synthesise(tf.cast(y, tf.float32))[
                 0, : tf.cast(height, tf.int32), : tf.cast(width, tf.int32)
@@ -108,11 +109,12 @@ def fill(values: tf.Tensor, escaped: tf.Tensor, stored: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_update(values, where, stored)
 
 
-def checksum(*parts: tf.Tensor) -> tf.Tensor:
-    """`container.checksum` of the parts, one after another: int64."""
+def checksum(height: tf.Tensor, width: tf.Tensor, *parts: tf.Tensor) -> tf.Tensor:
+    """`container.checksum` of the size and the symbols in parts, one after another: int64."""
     values = tf.cast(tf.concat([tf.reshape(part, [-1]) for part in parts], 0), tf.int64)
     weights = 2 * tf.range(tf.size(values, tf.int64)) + 1
-    return tf.reduce_sum(values * weights % 2**32) % 2**32
+    size = tf.cast(height, tf.int64) * 2**16 + tf.cast(width, tf.int64)
+    return (size + tf.reduce_sum(values * weights % 2**32)) % 2**32
 
 
 def to_bytes(values: Any, width: int) -> tf.Tensor:

@@ -57,6 +57,7 @@ def mutants(files: Sequence[bytes], count: int, seed: int) -> Iterator[Mutant]:
 
 def main(model: str, image: str, count: int) -> None:
     import collections
+    import re
     import resource
     import signal
     import time
@@ -80,9 +81,10 @@ def main(model: str, image: str, count: int) -> None:
         try:
             decoded = codec.decompress(mutant.data, max_pixels=2**20)
             assert decoded.shape[:2] == struct.unpack_from("<HH", mutant.data, 13)
-            outcome = "unchanged" if mutant.data in files else "IMAGE"
+            outcome = "unchanged" if mutant.data in files else f"an image, by `{mutant.kind}`"
         except BitstreamError as error:
-            outcome = str(error).split(":")[0].split(";")[0].rstrip("0123456789abcdefx ")[:48]
+            outcome = re.split("[:;]", str(error))[0]
+            outcome = re.sub(r"\d+x\d+", "NxN", re.sub("model .*|version .*", "another one", outcome))
         slowest = max(slowest, time.perf_counter() - began)
         outcomes["CRC anew" if mutant.sealed else "as is", outcome] += 1
     signal.alarm(0)
