@@ -540,4 +540,5 @@ def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
         f"         {result['images']} images, weights of step {result['step']} of {result['trained_steps']}",
         f"run      {run}: config.yaml, checkpoints/, metrics.jsonl, results.json",
         f"watch    tensorboard --logdir {run}",
+        f"use      hyperprior compress IMAGE --model {run}",
     ]

@@ -187,6 +187,11 @@ def test_float_h_s_would_give_other_indexes_in_another_order_and_ruin_what_follo
     assert np.mean(garbage.numpy().ravel()[after] != y.ravel()[after]) > 0.1
 
 
+def test_indexes_are_those_of_the_nearest_scale() -> None:
+    sums = np.array([-3.0, 0.49, 0.51, 1.49, 61.6, 99.0]) * 2.0**exact.SUM_BITS
+    assert exact.indexes(sums, 64).numpy().tolist() == [0, 0, 1, 1, 62, 63]
+
+
 def test_models_whose_sums_may_round_are_refused(floats: model.ScaleHyperprior) -> None:
     h_s = transforms.hyper_synthesis(12, 8, "float32")
     exact.integers(h_s, SETTINGS.model)
