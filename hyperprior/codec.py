@@ -316,9 +316,11 @@ def load(path: str | Path) -> Codec:
         )
     try:
         arrays, state = checkpoint.load(folder / WEIGHTS, expected=FORMAT)
+        codec = Codec(arrays, config.validate(state["config"], str(folder)), state["info"], str(folder))
     except ValueError as error:
         raise DataError(f"model {error}; export it again") from error
-    codec = Codec(arrays, config.validate(state["config"], str(folder)), state["info"], str(folder))
+    except KeyError as error:
+        raise DataError(f"model {folder} is damaged: it has no {error}; export it again") from error
     if codec.fingerprint != state["fingerprint"]:
         raise DataError(
             f"model {folder} is damaged: its weights and tables have fingerprint {codec.fingerprint}, its "

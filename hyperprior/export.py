@@ -65,15 +65,17 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         "info": info,
         "config": trained.settings.to_dict(),
     }
-    aside = out.with_name(out.name + ".tmp")
+    aside, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, old):  # by an export that was killed
+            shutil.rmtree(left, ignore_errors=True)
         checkpoint.save(aside / codec.WEIGHTS, arrays, description)
         checkpoint.write_text(aside / "model.json", json.dumps(description, indent=2) + "\n")
         serving.save(made, aside / "saved_model")
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         aside.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, tf.errors.OpError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(f"{out} cannot be written: {error}") from error
@@ -121,9 +123,9 @@ def constants(model: ScaleHyperprior, trained: Trained) -> dict[str, np.ndarray]
 
 
 def cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
-    """What integers and tables cost in rate on a few held-out images of the run: bits per pixel by
+    """What integers and tables cost in rate on a few held-out images of the run; distortion is the same.
 
-    the float model's estimate, the estimate with integer h_s, and real files. Distortion is the same.
+    Bits per pixel by the float model's estimate, by the estimate with integer h_s, and of real files.
     """
     data = made.config.data
     pixels, estimate, exact_estimate, real = 0, 0.0, 0.0, 0
