@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from hyperprior.errors import ConfigError, StorageError
+from hyperprior.errors import ConfigError, DataError, StorageError
 
 CACHE_FORMAT = 1  # of a measurement: raise it when a measure changes its meaning
 
@@ -57,7 +57,11 @@ class Baseline:
         # OpenJPEG is asked for a ratio to the raw 24 bits a pixel, the others for a quality.
         setting = {"quality_layers": [24.0 / value]} if self.knob == "bpp" else {"quality": int(value)}
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, self.format, **self.options, **setting)
+        try:
+            Image.fromarray(pixels).save(file, self.format, **self.options, **setting)
+        except Exception as error:  # such as WebP's limit of 16,383 pixels a side
+            size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+            raise DataError(f"{self.label} cannot hold an image of {size}: {error}; see --baselines") from error
         return file.getvalue()
 
     def settings(self) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def choose(names: str, say: Callable[[str], None]) -> list[Baseline]:
     """
     if names == "none":
         return []
-    wanted = list(BASELINES) if names == "all" else [name.strip() for name in names.split(",")]
+    wanted = list(BASELINES) if names == "all" else list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in wanted:
         if name not in BASELINES:
             raise ConfigError(f"--baselines names `{name}`; there are {', '.join(BASELINES)}, `all` and `none`")
@@ -159,6 +163,8 @@ class Cache:
     def __init__(self, folder: Path):
         self.path = folder / "baselines.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
+        if self.path.is_dir():
+            raise ConfigError(f"{self.path} is a directory; choose another --cache")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for line in self.path.read_bytes().splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ back against the zip format's CRC-32 of every entry, and renamed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -22,6 +23,15 @@ import numpy as np
 from hyperprior.errors import ConfigError, StorageError
 
 FORMAT = 1
+NOT_FOR_WRITING = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EROFS,
+)
 PATTERN = "step-*.npz"
 
 
@@ -59,6 +69,8 @@ def write_whole(
     except (OSError, zipfile.BadZipFile) as error:
         with contextlib.suppress(OSError):
             aside.unlink()
+        if isinstance(error, OSError) and error.errno in NOT_FOR_WRITING:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another place") from error
         raise StorageError(
             f"{path} cannot be written: {error}; what was complete before is intact: "
             f"free the disk and start the same command again"

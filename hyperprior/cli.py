@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -288,6 +289,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # TensorFlow's errors reach Python as exceptions; what else it prints at start is noise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         app()
     except HyperpriorError as error:

@@ -114,6 +114,7 @@ class Codec:
 
     def compress_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
         """The files of several images: small ones of one size are faster together."""
+        images = [np.asarray(image) for image in images]
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise DataError(f"an image is [H, W, 3] uint8; found {list(image.shape)} {image.dtype}")
@@ -142,7 +143,7 @@ class Codec:
 
     def read(self, data: bytes, max_pixels: int = container.MAX_PIXELS) -> container.Stream:
         """The checked contents of a file. Raises BitstreamError, also for a file of another model."""
-        stream = container.read(data, max_pixels)
+        stream = container.read(bytes(data), max_pixels)
         if stream.fingerprint.hex() != self.fingerprint:
             raise BitstreamError(
                 f"written with model {stream.fingerprint.hex()}; {self.origin} is model {self.fingerprint}"

@@ -55,7 +55,7 @@ def build(prior: tfc.NoisyDeepFactorized, z_offset: np.ndarray, settings: Model)
         likely = np.flatnonzero((under[1:] > TAIL_MASS / 2) & (over[:-1] > TAIL_MASS / 2))
         begin, end = (likely[0], likely[-1] + 1) if likely.size else (MAX_HALF_WIDTH, MAX_HALF_WIDTH + 1)
         mass = np.where(under[:-1] < 0.5, np.diff(under), -np.diff(over))
-        pmfs.append((int(grid[begin]), mass[begin:end]))
+        pmfs.append((int(grid[begin]), np.maximum(mass[begin:end], 0.0)))
 
     lookup, escape = [], []
     for _, pmf in pmfs:

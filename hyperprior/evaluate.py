@@ -108,6 +108,11 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     stored = read_gate(options.gate, out, photos, models) if options.gate else {}
     cache = baselines.Cache(options.cache or baselines.default_cache())
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from error
+
     rows = measure(photos, models, chosen, cache, terminal)
     points = average(rows, models, chosen) + published
     verdicts = (
@@ -148,7 +153,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 def find_photos(folder: Path) -> list[Photo]:
     """The images in `folder`, by name, each decoded once. Raises DataError."""
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
         raise DataError(f"--images {folder} cannot be read: {error.strerror}") from error
     if not paths:
@@ -342,7 +347,11 @@ def read_gate(path: Path, out: Path, photos: Sequence[Photo], models: Sequence[M
     try:
         summary = json.loads(path.read_text())
         before = {image["name"]: image["sha256"] for image in summary["images"]}
-        points = [point for point in summary["points"] if point["kind"] == "model"]
+        points = [
+            {**p, "lambda": float(p["lambda"]), "metric": str(p["metric"]), "loss": float(p.get("loss") or 0.0)}
+            for p in summary["points"]
+            if p["kind"] == "model"
+        ]
         known = summary["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--gate {path} is no summary.json of `hyperprior evaluate`: {error!r}") from error

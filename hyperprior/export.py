@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,6 +26,7 @@ from hyperprior.errors import ConfigError, DataError, StorageError
 from hyperprior.model import ScaleHyperprior
 from hyperprior.terminal import Terminal
 
+CONTENTS = (codec.WEIGHTS, "model.json", "saved_model")
 COST_IMAGES = 8
 
 
@@ -44,12 +46,15 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
     written; what `out` held is then still there. Does nothing where `out` is this run's export already.
     """
     out = out or run / "model"
-    if out.exists() and not (out / codec.WEIGHTS).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is no exported model; choose another --out")
+    if out.is_symlink() or not out.name:
+        out = out.resolve()
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(CONTENTS)):
+        raise ConfigError(f"{out} exists and holds more than an exported model; choose another --out")
     trained = best_weights(run, terminal)
     weights = codec.fingerprint(trained.arrays)
     with contextlib.suppress(ConfigError, DataError):
-        if (done := codec.load(out)).info["weights"] == weights:
+        whole = (out / "model.json").is_file() and (out / "saved_model" / "saved_model.pb").is_file()
+        if whole and (done := codec.load(out)).info["weights"] == weights:
             terminal.say(f"model    {out}, {done.fingerprint}: exported already")
             return out
 
@@ -65,20 +70,22 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         "info": info,
         "config": trained.settings.to_dict(),
     }
-    aside, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old")
+    aside = None
     try:
-        for left in (aside, old):  # by an export that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+        aside = folder / "new"
         checkpoint.save(aside / codec.WEIGHTS, arrays, description)
         checkpoint.write_text(aside / "model.json", json.dumps(description, indent=2) + "\n")
         serving.save(made, aside / "saved_model")
         if out.exists():
-            out.rename(old)
+            out.rename(folder / "old")
         aside.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, tf.errors.OpError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(f"{out} cannot be written: {error}") from error
+    finally:
+        if aside:
+            shutil.rmtree(aside.parent, ignore_errors=True)
     terminal.say(f"model    {out}, {made.fingerprint}, weights of step {trained.step}")
     terminal.say(f"         {describe_cost(info['exactness'])}")
     return out

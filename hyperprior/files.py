@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from hyperprior import checkpoint, container, images, load
-from hyperprior.errors import ConfigError, DataError, HyperpriorError
+from hyperprior.errors import ConfigError, DataError, HyperpriorError, StorageError
 from hyperprior.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 SUFFIX = ".hyp"
 STANDARD = "-"  # standard input or output
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm")
+
+# Decoded images lose nothing, or little, in formats that would lose much by default.
+BEST: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 97, "subsampling": 0},
+    "WEBP": {"lossless": True},
+    "AVIF": {"quality": 97, "subsampling": "4:4:4"},
+}
 
 
 class Job(NamedTuple):
@@ -45,10 +52,19 @@ def plan(
     Raises ConfigError, before anything is read: a source that is missing, two sources for one target, a target
     that exists and may not be overwritten.
     """
+    try:
+        return pair(sources, out, suffixes, new_suffix, force)
+    except OSError as error:  # a name that is too long, a directory without permission
+        raise ConfigError(f"{error.filename}: {error.strerror}") from error
+
+
+def pair(
+    sources: Sequence[str], out: Optional[str], suffixes: Sequence[str], new_suffix: str, force: bool
+) -> list[Job]:
     found: list[tuple[str, str]] = []  # source, path below the output directory
     for source in sources:
         path = Path(source)
-        if source == STANDARD or path.is_file():
+        if source == STANDARD or (path.exists() and not path.is_dir()):
             found.append((source, path.name))
         elif path.is_dir():
             inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in suffixes and p.is_file()]
@@ -77,9 +93,14 @@ def plan(
         if job.target in seen and job.target != STANDARD:
             raise ConfigError(f"{seen[job.target]} and {job.source} would both become {job.target}")
         seen[job.target] = job.source
-        if job.target == job.source != STANDARD:
+        place = Path(job.target)
+        if job.target == STANDARD or not place.exists():
+            continue
+        if job.source != STANDARD and place.samefile(job.source):
             raise ConfigError(f"{job.source} would overwrite itself; give another -o")
-        if job.target != STANDARD and not force and Path(job.target).exists():
+        if not place.is_file():
+            raise ConfigError(f"{job.target} exists and is no file; give another -o")
+        if not force:
             raise ConfigError(f"{job.target} exists; --force overwrites it")
     return jobs
 
@@ -107,14 +128,23 @@ def run(
                     terminal.warn(str(failed[-1]))
                 continue
             if job.target == STANDARD:
-                sys.stdout.buffer.write(result)
-                sys.stdout.buffer.flush()
+                to_stdout(result)
             else:
                 checkpoint.write_whole(Path(job.target), functools.partial(write, result))
             terminal.say(f"{job.source} → {job.target}  {line}")
             track.update(done)
     if failed:
         raise failed[0] if len(jobs) == 1 else DataError(f"{len(failed)} of {len(jobs)} files failed")
+
+
+def to_stdout(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def compress(
@@ -145,6 +175,8 @@ def decompress(
     max_pixels: int,
     terminal: Terminal,
 ) -> None:
+    if suffix == ".":
+        raise ConfigError("--format is empty; png is the default")
     jobs = plan(sources, out, (SUFFIX,), suffix, force)
     known = Image.registered_extensions()
 
@@ -161,7 +193,11 @@ def decompress(
         pixels = codec.decompress(data, max_pixels)
         seconds = time.perf_counter() - began
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, known[ending(job)])
+        kind = known[ending(job)]
+        try:
+            Image.fromarray(pixels).save(file, kind, **BEST.get(kind, {}))
+        except Exception as error:  # Pillow raises many types where a format cannot hold an image
+            raise DataError(f"cannot be written as {kind}: {error}") from error
         return file.getvalue(), f"{pixels.shape[1]}x{pixels.shape[0]}  {seconds:.2f} s"
 
     run(jobs, "decompressing", convert, terminal)

@@ -8,6 +8,7 @@ not matter.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -109,14 +110,19 @@ def photograph(data: bytes) -> tuple[np.ndarray, list[str]]:
         notes.append("its colour profile is dropped")
     if opened.mode.startswith("I"):
         notes.append("16 bits are reduced to 8")
-    if (frames := getattr(opened, "n_frames", 1)) > 1:
-        notes.append(f"only the first of {frames} frames is kept")
-    try:
-        orientation = opened.getexif().get(0x0112, 1)
-    except Exception:  # Pillow raises many types for broken EXIF data; other viewers ignore it
-        orientation = 1
+    with contextlib.suppress(Exception):  # Pillow raises many types for broken later frames
+        if (frames := getattr(opened, "n_frames", 1)) > 1:
+            notes.append(f"only the first of {frames} frames is kept")
     pixels = decode(data) if is_jpeg(data) else to_rgb(opened)
-    return np.ascontiguousarray(upright(pixels, orientation)), notes
+    return np.ascontiguousarray(upright(pixels, orientation_of(opened))), notes
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's orientation tag. Ask after the pixels: Pillow turns a TIFF upright itself, and then drops the tag."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises many types for broken EXIF data; other viewers ignore it
+        return 1
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -181,7 +187,7 @@ def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINED_ON) -> 
         names = "an image that Pillow opens" if formats is None else "a PNG, BMP, TIFF or JPEG"
         raise Unusable(f"not {names}" if isinstance(error, OSError) else str(error)) from error
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise Unusable(f"an image of {image.width}x{image.height} pixels")
+        raise Unusable(f"an image of {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
     return image
 
 

@@ -1,7 +1,7 @@
 """`import hyperprior.pillow` teaches Pillow the `.hyp` format.
 
     Image.open("photo.hyp")                 the size from the header; decoded when pixels are asked for
-    image.save("photo.hyp", model="MODEL")  a model directory, a run, or a Codec
+    image.save("photo.hyp", model="MODEL")  a model directory, a run, or a Codec; pixels as `compress` takes them
 
 Without `model` both use the one that the environment variable HYPERPRIOR_MODEL names.
 """
@@ -9,14 +9,19 @@ Without `model` both use the one that the environment variable HYPERPRIOR_MODEL 
 from __future__ import annotations
 
 import functools
+import os
 from typing import IO, Any, Optional
 
-import numpy as np
 from PIL import Image, ImageFile
 
-from hyperprior import container, files
+from hyperprior import container, files, images
+from hyperprior.errors import DataError
 
-open_model = functools.lru_cache(maxsize=8)(files.open_model)
+cached = functools.lru_cache(maxsize=8)(files.open_model)
+
+
+def open_model(model: Any) -> Any:
+    return cached(str(model or os.environ.get("HYPERPRIOR_MODEL") or "") or None)
 
 
 class HypImageFile(ImageFile.ImageFile):
@@ -37,8 +42,12 @@ class HypImageFile(ImageFile.ImageFile):
 
 def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     model: Any = image.encoderinfo.get("model")
-    codec = model if hasattr(model, "compress") else open_model(None if model is None else str(model))
-    file.write(codec.compress(np.asarray(image.convert("RGB"))))
+    codec = model if hasattr(model, "compress") else open_model(model)
+    try:
+        pixels = images.to_rgb(image)
+    except images.Unusable as error:
+        raise DataError(str(error)) from error
+    file.write(codec.compress(images.upright(pixels, images.orientation_of(image))))
 
 
 def accept(prefix: bytes) -> bool:

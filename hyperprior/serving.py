@@ -33,7 +33,8 @@ def save(codec: Codec, folder: Path) -> None:
     def compress(image: tf.Tensor) -> Any:
         height, width = tf.unstack(tf.shape(image)[:2])
         within = (tf.minimum(height, width) > 0) & (tf.maximum(height, width) <= container.MAX_SIDE)
-        tf.debugging.Assert(within, ["an image side is not within 1 to 65535", height, width])
+        with tf.control_dependencies([tf.debugging.Assert(within, ["a side is not within 1 to 65535", height, width])]):
+            image = tf.identity(image)
         y = codec.analyse(pad(image)[None])
         z = codec.hyper_analyse(y)
         y = integers(y)
@@ -58,19 +59,22 @@ def save(codec: Codec, folder: Path) -> None:
     @tf.function(input_signature=[tf.TensorSpec([], tf.string, "file")], autograph=False)
     def decompress(file: tf.Tensor) -> Any:
         size = tf.strings.length(file)
-        tf.debugging.Assert(size >= container.OVERHEAD, ["cut off", size])
+        checks = [tf.debugging.Assert(size >= container.OVERHEAD, ["cut off", size])]
         data = tf.io.decode_raw(file, tf.uint8)
         start = tf.constant(list(container.MAGIC + bytes([container.VERSION])), tf.uint8)
-        tf.debugging.Assert(tf.reduce_all(data[:5] == start), ["not a .hyp file of version 1"])
+        checks += [tf.debugging.Assert(tf.reduce_all(data[:5] == start), ["not a .hyp file of version 1"])]
         ours = tf.constant(list(bytes.fromhex(codec.fingerprint)), tf.uint8)
-        tf.debugging.Assert(tf.reduce_all(data[5:13] == ours), ["written with another model"])
+        checks += [tf.debugging.Assert(tf.reduce_all(data[5:13] == ours), ["written with another model"])]
         height, width = tf.unstack(from_bytes(data[13:17], 2), num=2)
         length, count, expected = tf.unstack(from_bytes(data[17:29], 4), num=3)
         total = container.OVERHEAD + length + 2 * count
-        tf.debugging.Assert(total == tf.cast(size, tf.int64), ["length does not match the header"])
-        tf.debugging.Assert(from_bytes(data[-4:], 4)[0] == crc32(data[:-4]), ["bytes do not match their CRC-32"])
+        checks += [tf.debugging.Assert(total == tf.cast(size, tf.int64), ["length does not match the header"])]
+        crc = from_bytes(data[-4:], 4)[0]
+        checks += [tf.debugging.Assert(crc == crc32(data[:-4]), ["bytes do not match their CRC-32"])]
         within = (tf.minimum(height, width) > 0) & (height * width <= container.MAX_PIXELS)
-        tf.debugging.Assert(within, ["image size not accepted", height, width])
+        checks += [tf.debugging.Assert(within, ["image size not accepted", height, width])]
+        with tf.control_dependencies(checks):  # nothing below begins before
+            data, file, height, width = map(tf.identity, (data, file, height, width))
         end = container.HEADER.size + length
         escapes = from_bytes(data[end : end + 2 * count], 2)
         escapes = tf.cast(tf.where(escapes < 2**15, escapes, escapes - 2**16), tf.int32)

@@ -74,6 +74,9 @@ def test_exporting_again_gives_the_same_model_and_only_where_it_must(
     export.export(run, tmp_path / "other", Terminal())
     assert "exported already" in capsys.readouterr().out
     assert (tmp_path / "other" / "model.npz").stat().st_mtime_ns == before
+    (tmp_path / "other" / "model.json").unlink()
+    export.export(run, tmp_path / "other", Terminal())
+    assert (tmp_path / "other" / "model.json").exists() and [p.name for p in tmp_path.iterdir()] == ["other"]
 
 
 def test_the_last_average_is_exported_where_there_is_no_best(tmp_path: Path, run: Path) -> None:
@@ -93,8 +96,10 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_touched(tmp_path: Pat
         export.export(tmp_path / "none", None, Terminal())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="is no exported model"):
+    shutil.copy(run / "model" / "model.npz", tmp_path / "mine")
+    with pytest.raises(ConfigError, match="holds more than an exported model"):
         export.export(run, tmp_path / "mine", Terminal())
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
     arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
     arrays["model/h_a/0/bias"][0] = np.nan
@@ -175,6 +180,9 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
         ({"sources": ["a.png", "d/a.png"], "out": "x"}, "a.png and d/a.png would both become x/a.hyp"),
         ({"sources": ["b.png"]}, "b.hyp exists; --force overwrites it"),
         ({"sources": ["b.hyp"], "force": True}, "b.hyp would overwrite itself"),
+        ({"sources": ["b.png"], "out": "./b.png", "force": True}, "b.png would overwrite itself"),
+        ({"sources": ["b.png"], "out": "/dev/null", "force": True}, "/dev/null exists and is no file"),
+        ({"sources": ["x" * 300 + ".png"]}, "File name too long"),
         ({"sources": ["a.png", "b.png"], "out": "-"}, "2 files cannot all go to standard output"),
         ({"sources": ["a.png", "b.png"], "out": "b.hyp"}, "b.hyp is a file; 2 files need a directory"),
     ]:
@@ -187,6 +195,9 @@ def test_a_wrong_file_leaves_nothing_behind(tmp_path: Path, model: Codec) -> Non
     (tmp_path / "x.hyp").write_bytes(data[:-1])
     with pytest.raises(BitstreamError, match=r"x\.hyp: cut off"):
         files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", False, 10**6, Terminal())
+    (tmp_path / "x.hyp").write_bytes(model.compress(np.zeros((1, 20_000, 3), np.uint8)))
+    with pytest.raises(DataError, match=r"x\.hyp: cannot be written as WEBP"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".webp", False, 10**6, Terminal())
     with pytest.raises(ConfigError, match=r"Pillow writes no `\.xyz`"):
         files.decompress([str(tmp_path / "x.hyp")], None, None, ".xyz", False, 10**6, Terminal())
     (tmp_path / "x.hyp").write_bytes(data)
@@ -238,7 +249,10 @@ def test_photographs_come_upright() -> None:
         stored = Image.fromarray(corners) if undo is None else Image.fromarray(corners).transpose(undo)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        assert np.array_equal(images.photograph(encoded(stored, "PNG", exif=exif))[0], expected), orientation
+        for kind in ("PNG", "TIFF", "WEBP"):
+            options = {"lossless": True} if kind == "WEBP" else {}
+            data = encoded(stored, kind, exif=exif, **options)
+            assert np.array_equal(images.photograph(data)[0], expected), (kind, orientation)
         as_jpeg = images.photograph(encoded(stored, "JPEG", exif=exif, quality=95))[0]
         assert as_jpeg.shape == expected.shape and np.abs(as_jpeg.astype(int) - expected).mean() < 3, orientation
 
@@ -254,6 +268,7 @@ def test_what_is_dropped_is_noted() -> None:
     assert images.photograph(encoded(photo(1), "PNG", icc_profile=b"x" * 200))[1] == ["its colour profile is dropped"]
     frames = encoded(photo(1), "GIF", save_all=True, append_images=[photo(2)])
     assert images.photograph(frames)[1] == ["only the first of 2 frames is kept"]
+    assert images.photograph(frames[: len(frames) * 2 // 3])[0].shape == (80, 96, 3)  # the second frame is cut
     with pytest.raises(images.Unusable, match="Pillow"):
         images.photograph(b"")
 
@@ -262,6 +277,10 @@ def test_pillow_opens_and_saves(model: Codec, run: Path, tmp_path: Path) -> None
     photo(5, 130, 70).save(tmp_path / "x.hyp")
     photo(5, 130, 70).convert("RGBA").save(tmp_path / "y.hyp", model=model)
     photo(5, 130, 70).save(tmp_path / "z.hyp", model=run / "model")
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.hyp")  # flattened onto white, as `compress` does
+    flattened = model.compress(images.photograph(encoded(clear, "PNG"))[0])
+    assert (tmp_path / "clear.hyp").read_bytes() == flattened
     data = (tmp_path / "x.hyp").read_bytes()
     assert data == (tmp_path / "y.hyp").read_bytes() == (tmp_path / "z.hyp").read_bytes()
     with Image.open(tmp_path / "x.hyp") as image:
