@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,14 @@ def load(path: str | Path) -> Codec:
 
 
 def prefer_onednn() -> None:
-    """Turns on TensorFlow's oneDNN kernels, unless the environment decides; before TensorFlow is imported.
+    """Imports TensorFlow with its oneDNN kernels on, unless it is imported or the environment decides.
 
     By itself TensorFlow does so only where a CPU has AVX512-VNNI or AMX. With AVX2 alone they halve the time of
     the codec's transforms; a training step takes as long, and bfloat16 fails, so training leaves it alone.
     """
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    if "tensorflow" not in sys.modules and "TF_ENABLE_ONEDNN_OPTS" not in os.environ:
+        os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+        try:
+            import tensorflow  # noqa: F401  reads it once
+        finally:
+            del os.environ["TF_ENABLE_ONEDNN_OPTS"]  # not for the processes that this one starts

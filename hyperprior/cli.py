@@ -238,8 +238,8 @@ def evaluate(
     """
     from hyperprior.terminal import Terminal
 
-    prefer_onednn()
     keep_freed_memory()
+    prefer_onednn()
     from hyperprior import evaluate as job
 
     terminal = Terminal()

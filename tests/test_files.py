@@ -345,6 +345,21 @@ def test_files_decode_alike_under_other_threads_kernels_batches_and_as_saved_mod
     assert check_settings(run / "model", pictures, [("1", "0"), ("2", "1")], tmp_path) == 16
 
 
+def test_loading_turns_onednn_on_here_and_in_no_process_started_from_here(run: Path) -> None:
+    code = (
+        "import os, sys, hyperprior, numpy as np; codec = hyperprior.load(sys.argv[1]); "
+        "codec.compress(np.zeros((64, 64, 3), np.uint8)); print('left', os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
+    )
+    for given, left in ((None, "left None"), ("0", "left 0")):
+        environment = {**os.environ, "ONEDNN_VERBOSE": "1", "TF_ENABLE_ONEDNN_OPTS": given or ""}
+        if given is None:
+            del environment["TF_ENABLE_ONEDNN_OPTS"]
+        command = [sys.executable, "-c", code, str(run)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert ("exec,cpu,convolution" in done.stdout) == (given is None)
+        assert left in done.stdout
+
+
 @pytest.mark.slow
 def test_real_photographs_decode_alike_under_every_setting(run: Path, samples: Path, tmp_path: Path) -> None:
     pictures = sorted((samples / "kodak").glob("*.png"))[::3]
