@@ -20,6 +20,7 @@ from hyperprior.config import Model
 
 PRECISION = 16  # bits of a probability, the most that the range coder takes
 TAIL_MASS = 2.0**-14  # at most this much probability is left to the escape
+OUTLIERS = 8  # further values on either side: half the price of an escape where a scale was badly predicted
 MAX_HALF_WIDTH = 2048  # values on either side of zero
 
 
@@ -41,7 +42,8 @@ def build(prior: tfc.NoisyDeepFactorized, z_offset: np.ndarray, settings: Model)
     low, step = exact.log_scale_table(settings)
     for index in range(settings.num_scales):
         scale = math.exp(low + step * index)
-        half = min(max(1, math.ceil(-special.ndtri(TAIL_MASS / 2) * scale - 0.5)), MAX_HALF_WIDTH)
+        half = math.ceil(-special.ndtri(TAIL_MASS / 2) * scale - 0.5)
+        half = min(max(1, half) + OUTLIERS, MAX_HALF_WIDTH)
         edges = special.ndtr((np.arange(-half, half + 2) - 0.5) / scale)
         pmfs.append((-half, np.diff(edges)))
 
