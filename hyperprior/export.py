@@ -144,7 +144,9 @@ def cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
         count, offset = 0, model.z_offset()
         with contextlib.closing(stream.eval_batches(source, data, range(1), 1)) as places:
             for (place,) in places:
-                if place.weight and count < COST_IMAGES:
+                if count == COST_IMAGES:
+                    break
+                if place.weight:
                     whole = [Span(0, n, 0, n) for n in (container.blocks(s) * 4 for s in place.image.shape[:2])]
                     x = tf.constant(codec.cut(place.image, *whole)[None], tf.float32) / 255.0
                     out = model.round(x, offset)
