@@ -77,8 +77,12 @@ def write_whole(
         ) from error
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    write_whole(path, lambda file: file.write(data))
+
+
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def verify(path: Path) -> None:
@@ -117,6 +121,18 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[dic
     if paths:
         raise ConfigError(f"none of the {len(paths)} checkpoints in {folder} is whole; move them away to start anew")
     return None
+
+
+def best_path(folder: Path) -> Path:
+    return folder / "best.npz"
+
+
+def load_best(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """The arrays of the best weights; raises ValueError with the reason if they are damaged or not of `step`."""
+    arrays, state = load(best_path(folder))
+    if state["step"] != step:
+        raise ValueError(f"{best_path(folder)} is of step {state['step']}, the run's best is of step {step}")
+    return arrays
 
 
 def keep_last(folder: Path, count: int) -> None:

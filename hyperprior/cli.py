@@ -126,7 +126,9 @@ def decompress(
     out: Out = None,
     suffix: Annotated[str, typer.Option("--format", help="Extension of files that -o does not name.")] = ".png",
     force: Force = False,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse larger images.")] = 178_956_970,
+    max_pixels: Annotated[
+        Optional[int], typer.Option(min=1, help="Refuse larger images. Default: those that `compress` refuses.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Decompress .hyp files to PNG, or another format by its extension.

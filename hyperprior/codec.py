@@ -68,11 +68,11 @@ class Codec:
         self.fingerprint = fingerprint(arrays)
         self._model = model.ScaleHyperprior(settings.model)
         del self._model.h_s  # the integers stand for it
-        layers = [(arrays.pop(f"h_s/{i}/kernel"), arrays.pop(f"h_s/{i}/bias")) for i in range(3)]
+        arrays = dict(arrays)
+        self.layers = [(arrays.pop(f"h_s/{i}/kernel"), arrays.pop(f"h_s/{i}/bias")) for i in range(3)]
         self.z_offsets = arrays.pop("z_offsets")
         self.tables = entropy.Tables(*(arrays.pop(f"tables/{name}") for name in entropy.Tables._fields))
         checkpoint.assign(self._model.named_variables(), arrays, origin)
-        self.layers = layers
         m, c = settings.model.latent_channels, settings.model.hyper_channels
         self.z_index = np.arange(settings.model.num_scales, settings.model.num_scales + c, dtype=np.int32)
 
@@ -96,7 +96,7 @@ class Codec:
     def _hyper_analyse(self, y: tf.Tensor) -> tf.Tensor:
         """y → the integers of ẑ: int32, within int16."""
         z = self._model.h_a(tf.abs(y))
-        return integers(z - tf.constant(self.z_offsets / np.float32(2**exact.ACTIVATION_BITS), tf.float32))
+        return integers(z - exact.offset_values(self.z_offsets))
 
     def _indexes(self, z: tf.Tensor) -> tf.Tensor:
         return exact.indexes(exact.index_sums(z, self.z_offsets, self.layers), self.config.model.num_scales)
@@ -120,10 +120,11 @@ class Codec:
                 raise DataError(f"an image is [H, W, 3] uint8; found {list(image.shape)} {image.dtype}")
             container.check_size(*image.shape[:2])
         files: list[bytes] = [b""] * len(images)
-        for group in batches([(image.shape[0], image.shape[1]) for image in images]):
-            chosen = [images[i] for i in group]
-            sizes = [(image.shape[0], image.shape[1]) for image in chosen]
-            for i, (height, width), coded in zip(group, sizes, self._encode(*self._latents(chosen), sizes)):
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        for group in batches(sizes):
+            latents = self._latents([images[i] for i in group])
+            for i, coded in zip(group, self._encode(*latents, [sizes[i] for i in group])):
+                height, width = sizes[i]
                 files[i] = container.write(container.Stream(bytes.fromhex(self.fingerprint), height, width, *coded))
         return files
 
@@ -135,9 +136,10 @@ class Codec:
         """The images of several files. Raises BitstreamError if any of them cannot be decoded."""
         streams = [self.read(data, max_pixels) for data in files]
         images: list[Optional[np.ndarray]] = [None] * len(files)
-        for group in batches([(s.height, s.width) for s in streams]):
+        sizes = [(s.height, s.width) for s in streams]
+        for group in batches(sizes):
             y = self._decode([streams[i] for i in group])
-            for i, image in zip(group, self._pixels(y, [(streams[i].height, streams[i].width) for i in group])):
+            for i, image in zip(group, self._pixels(y, [sizes[i] for i in group])):
                 images[i] = image
         return images  # type: ignore[return-value]
 
@@ -157,8 +159,8 @@ class Codec:
     def estimated_bits(self, image: np.ndarray) -> float:
         """−log2 p of the rounded latents of an image under the model's own densities: y and z together."""
         y, z = self._latents([image])
-        offset = self.z_offsets / np.float32(2**exact.ACTIVATION_BITS)
-        total = float(model.bits(self._model.prior, tf.cast(z, tf.float32) + offset)[0])
+        z_hat = z.astype(np.float32) + exact.offset_values(self.z_offsets)
+        total = float(model.bits(self._model.prior, z_hat)[0])
         for rows in self._strips(z):
             sums = self.index_sums(z[:, rows.begin : rows.end])[:, rows.inside(Z_ELEMENTS)]
             density = tfc.NoisyNormal(loc=0.0, scale=exact.scales(sums, self.config.model))
@@ -175,7 +177,8 @@ class Codec:
             for columns in spans(width, TILE, G_A_MARGIN):
                 tile = self.analyse(np.stack([cut(image, rows, columns) for image in images])).numpy()
                 y[:, rows.start : rows.stop, columns.start : columns.stop] = tile[:, rows.inside(), columns.inside()]
-        z = np.empty((len(images), height // 4, width // 4, self.config.model.hyper_channels), np.int32)
+        shape = (height // Z_ELEMENTS, width // Z_ELEMENTS, self.config.model.hyper_channels)
+        z = np.empty((len(images), *shape), np.int32)
         for rows in spans(z.shape[1], strip_rows(z.shape[2]), H_A_MARGIN):
             strip = self.hyper_analyse(y[:, rows.begin * Z_ELEMENTS : rows.end * Z_ELEMENTS]).numpy()
             z[:, rows.start : rows.stop] = strip[:, rows.inside()]
@@ -234,7 +237,7 @@ class Codec:
             return values
 
         z = take(np.broadcast_to(self.z_index, (count, height, width, len(self.z_index))))
-        y = np.empty((count, height * 4, width * 4, self.config.model.latent_channels), np.int16)
+        y = np.empty((count, height * Z_ELEMENTS, width * Z_ELEMENTS, self.config.model.latent_channels), np.int16)
         for rows in self._strips(z):
             index = self.indexes(z[:, rows.begin : rows.end])[:, rows.inside(Z_ELEMENTS)]
             y[:, rows.start * Z_ELEMENTS : rows.stop * Z_ELEMENTS] = take(index)

@@ -115,11 +115,8 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 
     rows = measure(photos, models, chosen, cache, terminal)
     points = average(rows, models, chosen) + published
-    verdicts = (
-        [judge(point, stored[point["point"]], options.margin) for point in points if point["kind"] == "model"]
-        if stored
-        else []
-    )
+    judged = [point for point in points if point["kind"] == "model" and stored]
+    verdicts = [judge(point, stored[point["point"]], options.margin) for point in judged]
     summary: dict[str, Any] = {
         "format": FORMAT,
         "hyperprior": __version__,
@@ -224,9 +221,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row of `COLUMNS` for every image and model, and every image, baseline and quality."""
     rows = []
+    first = photos[0].pixels()
     for model in models:  # the first call traces graphs
-        pixels = photos[0].pixels()
-        model.codec.decompress(model.codec.compress(pixels))
+        model.codec.decompress(model.codec.compress(first))
     with terminal.track("images", len(photos)) as track:
         for done, photo in enumerate(photos, 1):
             pixels = photo.pixels()

@@ -70,6 +70,11 @@ def offsets(z_offset: np.ndarray) -> np.ndarray:
     return np.rint(z_offset.astype(np.float64) * 2**ACTIVATION_BITS).astype(np.int32)
 
 
+def offset_values(z_offsets: np.ndarray) -> np.ndarray:
+    """The same offsets as float32."""
+    return z_offsets / np.float32(2**ACTIVATION_BITS)
+
+
 def index_sums(z: tf.Tensor, z_offsets: tf.Tensor, layers: Layers) -> tf.Tensor:
     """[B, h, w, C] integers of ẑ → [B, 4h, 4w, M] float64: the scale index in units of 2⁻²⁸, not yet rounded."""
     # On the CPU even where there is a GPU: libraries there may transform convolutions, which adds roundings.

@@ -20,10 +20,10 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, codec, config, container, entropy, exact, serving, stream
-from hyperprior.codec import Codec, Span
+from hyperprior import checkpoint, codec, config, entropy, exact, serving, stream
+from hyperprior.codec import Codec
 from hyperprior.errors import ConfigError, DataError, StorageError
-from hyperprior.model import ScaleHyperprior
+from hyperprior.model import ScaleHyperprior, pad
 from hyperprior.terminal import Terminal
 
 CONTENTS = (codec.WEIGHTS, "model.json", "saved_model")
@@ -62,7 +62,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
     checkpoint.assign(model.named_variables(), trained.arrays, str(run))
     arrays = constants(model, trained)
     info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": hyperprior.__version__}
-    made = Codec(dict(arrays), trained.settings, info, str(out))
+    made = Codec(arrays, trained.settings, info, str(out))
     info["exactness"] = cost(model, made)
     description = {
         "format": codec.FORMAT,
@@ -70,22 +70,21 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         "info": info,
         "config": trained.settings.to_dict(),
     }
-    aside = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
-        aside = folder / "new"
-        checkpoint.save(aside / codec.WEIGHTS, arrays, description)
-        checkpoint.write_text(aside / "model.json", json.dumps(description, indent=2) + "\n")
-        serving.save(made, aside / "saved_model")
-        if out.exists():
-            out.rename(folder / "old")
-        aside.rename(out)
+        try:
+            aside = folder / "new"
+            checkpoint.save(aside / codec.WEIGHTS, arrays, description)
+            checkpoint.write_text(aside / "model.json", json.dumps(description, indent=2) + "\n")
+            serving.save(made, aside / "saved_model")
+            if out.exists():
+                out.rename(folder / "old")
+            aside.rename(out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     except (OSError, tf.errors.OpError) as error:
         raise StorageError(f"{out} cannot be written: {error}") from error
-    finally:
-        if aside:
-            shutil.rmtree(aside.parent, ignore_errors=True)
     terminal.say(f"model    {out}, {made.fingerprint}, weights of step {trained.step}")
     terminal.say(f"         {describe_cost(info['exactness'])}")
     return out
@@ -99,14 +98,11 @@ def best_weights(run: Path, terminal: Terminal) -> Trained:
     arrays, state = newest
     settings = config.validate(state["config"], str(run))
     if state["run"]["best_loss"] is not None:
+        step = state["run"]["best_step"]
         try:
-            best, of_best = checkpoint.load(run / "checkpoints" / "best.npz")
-            if of_best["step"] == state["run"]["best_step"]:
-                return Trained(strip("model/", best), settings, of_best["step"])
-            terminal.warn(f"best.npz is of step {of_best['step']}, the run's best is {state['run']['best_step']}")
+            return Trained(strip("model/", checkpoint.load_best(run / "checkpoints", step)), settings, step)
         except ValueError as error:
-            terminal.warn(f"{error}")
-        terminal.warn("the last weights are exported instead of the best")
+            terminal.warn(f"{error}; the last weights are exported instead of the best")
     last = {**strip("model/", arrays), **strip("optimizer/average/", arrays)}
     return Trained(last, settings, state["run"]["step"])
 
@@ -122,14 +118,14 @@ def constants(model: ScaleHyperprior, trained: Trained) -> dict[str, np.ndarray]
             raise ConfigError(f"`{name}` of step {trained.step} is not finite; the run diverged")
     settings = trained.settings.model
     z_offsets = exact.offsets(model.z_offset().numpy())
-    tables = entropy.build(model.prior, z_offsets / np.float32(2**exact.ACTIVATION_BITS), settings)
+    tables = entropy.build(model.prior, exact.offset_values(z_offsets), settings)
     arrays = {name: array for name, array in trained.arrays.items() if not name.startswith("h_s/")}
     for i, (kernel, bias) in enumerate(exact.integers(model.h_s, settings)):
         arrays |= {f"h_s/{i}/kernel": kernel, f"h_s/{i}/bias": bias}
     return {**arrays, "z_offsets": z_offsets, **{f"tables/{k}": v for k, v in tables._asdict().items()}}
 
 
-def cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
+def cost(trained: ScaleHyperprior, made: Codec) -> dict[str, Any]:
     """What integers and tables cost in rate on a few held-out images of the run; distortion is the same.
 
     Bits per pixel by the float model's estimate, by the estimate with integer h_s, and of real files.
@@ -141,15 +137,13 @@ def cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
         source = splits.val if splits.val.images else splits.test
         if not source.images:
             return {"images": 0, "reason": "the run holds no images out"}
-        count, offset = 0, model.z_offset()
+        count, offset = 0, trained.z_offset()
         with contextlib.closing(stream.eval_batches(source, data, range(1), 1)) as places:
             for (place,) in places:
                 if count == COST_IMAGES:
                     break
                 if place.weight:
-                    whole = [Span(0, n, 0, n) for n in (container.blocks(s) * 4 for s in place.image.shape[:2])]
-                    x = tf.constant(codec.cut(place.image, *whole)[None], tf.float32) / 255.0
-                    out = model.round(x, offset)
+                    out = trained.round(pad(tf.constant(place.image[None], tf.float32) / 255.0), offset)
                     count += 1
                     pixels += place.image.shape[0] * place.image.shape[1]
                     estimate += float(out.bits_y[0] + out.bits_z[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -11,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 from PIL import Image
@@ -38,10 +37,6 @@ BEST: dict[str, dict[str, Any]] = {
 class Job(NamedTuple):
     source: str
     target: str
-
-
-def write(data: bytes, file: IO[bytes]) -> None:
-    file.write(data)
 
 
 def plan(
@@ -130,7 +125,7 @@ def run(
             if job.target == STANDARD:
                 to_stdout(result)
             else:
-                checkpoint.write_whole(Path(job.target), functools.partial(write, result))
+                checkpoint.write_bytes(Path(job.target), result)
             terminal.say(f"{job.source} → {job.target}  {line}")
             track.update(done)
     if failed:
@@ -172,7 +167,7 @@ def decompress(
     out: Optional[str],
     suffix: str,
     force: bool,
-    max_pixels: int,
+    max_pixels: Optional[int],
     terminal: Terminal,
 ) -> None:
     if suffix == ".":
@@ -190,7 +185,7 @@ def decompress(
 
     def convert(job: Job, data: bytes) -> tuple[bytes, str]:
         began = time.perf_counter()
-        pixels = codec.decompress(data, max_pixels)
+        pixels = codec.decompress(data, max_pixels or container.MAX_PIXELS)
         seconds = time.perf_counter() - began
         file = io.BytesIO()
         kind = known[ending(job)]

@@ -23,6 +23,7 @@ import tensorflow as tf
 import tensorflow_compression as tfc
 
 from hyperprior import config, transforms
+from hyperprior.config import DOWNSAMPLING
 
 
 class Forward(NamedTuple):
@@ -106,3 +107,12 @@ def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) ->
     """
     places = tf.unstack(step * 2**20 + lanes)
     return tf.stack([tf.random.stateless_uniform(shape, tf.stack([seed, p]), -0.5, 0.5) for p in places])
+
+
+def pad(x: tf.Tensor) -> tf.Tensor:
+    """[B, H, W, C] with the last row and column repeated until both sides are multiples of 64."""
+    for axis in (1, 2):
+        size = tf.shape(x)[axis]
+        padded = -(-size // DOWNSAMPLING) * DOWNSAMPLING
+        x = tf.gather(x, tf.minimum(tf.range(padded), size - 1), axis=axis)
+    return x

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_compression as tfc
 
-from hyperprior import container, entropy
+from hyperprior import container, entropy, model
 from hyperprior.codec import Codec, integers
 from hyperprior.config import DOWNSAMPLING
 
@@ -35,7 +35,7 @@ def save(codec: Codec, folder: Path) -> None:
         within = (tf.minimum(height, width) > 0) & (tf.maximum(height, width) <= container.MAX_SIDE)
         with tf.control_dependencies([tf.debugging.Assert(within, ["a side is not within 1 to 65535", height, width])]):
             image = tf.identity(image)
-        y = codec.analyse(pad(image)[None])
+        y = codec.analyse(model.pad(image[None]))
         z = codec.hyper_analyse(y)
         y = integers(y)
         z_index = tf.broadcast_to(codec.z_index, tf.shape(z))
@@ -97,14 +97,6 @@ def save(codec: Codec, folder: Path) -> None:
 
     signatures = {"compress": compress, "decompress": decompress}
     tf.saved_model.save(module, str(folder), signatures)
-
-
-def pad(image: tf.Tensor) -> tf.Tensor:
-    """Repeats the last row and column until both sides are multiples of 64."""
-    for axis in (0, 1):
-        size = tf.shape(image)[axis]
-        image = tf.gather(image, tf.minimum(tf.range(-(-size // DOWNSAMPLING) * DOWNSAMPLING), size - 1), axis=axis)
-    return image
 
 
 def fill(values: tf.Tensor, escaped: tf.Tensor, stored: tf.Tensor) -> tf.Tensor:

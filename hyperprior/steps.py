@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from hyperprior import lanes, model, rd
-from hyperprior.config import DOWNSAMPLING, MS_SSIM_MIN_SIDE, Config
+from hyperprior.config import MS_SSIM_MIN_SIDE, Config
 from hyperprior.distribute import World
 from hyperprior.optimizer import Optimizer
 
@@ -129,7 +129,7 @@ def reconstruct(
 ) -> tuple[tf.Tensor, model.Forward]:
     """What a viewer gets of [B, H, W, 3] images of any size: rounded latents, 8-bit pixels in [0, 1]."""
     height, width = tf.unstack(tf.shape(x)[1:3])
-    out = hyperprior.round(pad(x), z_offset)
+    out = hyperprior.round(model.pad(x), z_offset)
     x_hat = tf.clip_by_value(out.x_hat[:, :height, :width], 0.0, 1.0)
     return tf.round(x_hat * 255.0) / 255.0, out
 
@@ -144,15 +144,6 @@ def ms_ssim_if_large(x: tf.Tensor, x_hat: tf.Tensor) -> tuple[tf.Tensor, tf.Tens
     if x.shape[1:3].is_fully_defined():  # a branch that cannot be cannot be traced either
         return measured() if min(x.shape[1:3]) >= MS_SSIM_MIN_SIDE else none
     return tf.cond(tf.reduce_min(tf.shape(x)[1:3]) >= MS_SSIM_MIN_SIDE, measured, lambda: none)
-
-
-def pad(x: tf.Tensor) -> tf.Tensor:
-    """Repeats the last row and column until both sides are multiples of 64."""
-    for axis in (1, 2):
-        size = tf.shape(x)[axis]
-        padded = -(-size // DOWNSAMPLING) * DOWNSAMPLING
-        x = tf.gather(x, tf.minimum(tf.range(padded), size - 1), axis=axis)
-    return x
 
 
 def means(sums: np.ndarray) -> dict[str, float]:

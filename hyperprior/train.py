@@ -184,12 +184,12 @@ class Trainer:
 
     def check_best(self) -> None:
         """Forgets a best that another course of this run left behind after the checkpoint it resumes from."""
+        if self.state.best_loss is None:
+            return
         try:
-            step = checkpoint.load(self.best)[1]["step"] if self.state.best_loss is not None else 0
+            checkpoint.load_best(self.checkpoints, self.state.best_step)
         except ValueError as error:
-            step = str(error)
-        if self.state.best_loss is not None and step != self.state.best_step:
-            self.terminal.warn(f"{self.best} is not of step {self.state.best_step} ({step}); the best is sought anew")
+            self.terminal.warn(f"{error}; the best is sought anew")
             self.state.best_loss, self.state.best_step, self.state.stale = None, 0, 0
 
     def check_evaluation(self) -> None:
@@ -426,7 +426,7 @@ class Trainer:
                 if self.world.is_chief:
                     arrays = {f"model/{name}": v.numpy() for name, v in self.model.named_variables().items()}
                     checkpoint.save(
-                        self.best,
+                        checkpoint.best_path(self.checkpoints),
                         arrays,
                         {"step": state.step, "loss": found["loss"], "config": self.settings.to_dict()},
                     )
@@ -436,10 +436,6 @@ class Trainer:
         track.line(state.step, "validation  " + summaries.describe(found))
         self.log_began += time.perf_counter() - began  # not a part of training's speed
         return True
-
-    @property
-    def best(self) -> Path:
-        return self.checkpoints / "best.npz"
 
     def evaluate(self, source: stream.Source) -> Optional[dict[str, float]]:
         """Means over a split with rounded latents, on all workers; None if one was asked to stop."""
@@ -505,13 +501,13 @@ class Trainer:
         weights: contextlib.AbstractContextManager[None] = self.optimizer.averaged_weights()
         if self.state.best_loss is not None:
             try:
-                arrays, state = checkpoint.load(self.best)
+                arrays = checkpoint.load_best(self.checkpoints, self.state.best_step)
             except ValueError as error:
                 self.terminal.warn(f"{error}; the result is that of the last weights instead of the best")
             else:
                 names = {f"model/{name}": v for name, v in self.model.named_variables().items()}
-                checkpoint.assign(names, arrays, str(self.best))
-                step, weights = state["step"], contextlib.nullcontext()
+                checkpoint.assign(names, arrays, str(checkpoint.best_path(self.checkpoints)))
+                step, weights = self.state.best_step, contextlib.nullcontext()
         found: Optional[dict[str, float]] = {}
         if self.splits.test.images:
             with weights:

@@ -170,7 +170,7 @@ def test_any_size_is_padded_and_cropped_back() -> None:
         x_hat, _ = steps.reconstruct(m, images(1, 1, height, width), m.z_offset())
         assert x_hat.shape == (1, height, width, 3)
         assert np.array_equal(np.round(x_hat * 255), (x_hat * 255).numpy().round(3))
-    padded = steps.pad(images(2, 1, 70, 64))
+    padded = model.pad(images(2, 1, 70, 64))
     assert padded.shape == (1, 128, 64, 3) and np.array_equal(padded[0, 69], padded[0, 127])
 
 
