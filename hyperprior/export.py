@@ -74,13 +74,18 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
         try:
-            aside = folder / "new"
+            aside, old = folder / "new", folder / "old"
             checkpoint.save(aside / codec.WEIGHTS, arrays, description)
             checkpoint.write_text(aside / "model.json", json.dumps(description, indent=2) + "\n")
             serving.save(made, aside / "saved_model")
             if out.exists():
-                out.rename(folder / "old")
-            aside.rename(out)
+                out.rename(old)
+            try:
+                aside.rename(out)
+            except OSError:
+                if old.exists():
+                    old.rename(out)
+                raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, tf.errors.OpError) as error:

@@ -18,7 +18,7 @@ from PIL import Image
 import hyperprior as package
 from hyperprior import checkpoint, codec, export, files, images, pillow
 from hyperprior.codec import Codec
-from hyperprior.errors import BitstreamError, ConfigError, DataError
+from hyperprior.errors import BitstreamError, ConfigError, DataError, StorageError
 from hyperprior.terminal import Terminal
 
 HERE = Path(__file__).parent
@@ -108,6 +108,23 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_touched(tmp_path: Pat
     with pytest.raises(ConfigError, match="`h_a/0/bias` of step 30 is not finite"):
         export.export(tmp_path / "nan", None, Terminal())
     assert not (tmp_path / "nan" / "model").exists()
+
+
+def test_a_model_that_cannot_be_replaced_stays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.json").unlink()  # so that it is exported again
+    rename = Path.rename
+
+    def fail_for_the_new(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(StorageError, match="No space left"):
+        export.export(run, tmp_path / "model", Terminal())
+    assert codec.load(tmp_path).fingerprint == package.load(run).fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:
