@@ -15,10 +15,10 @@ import tensorflow as tf
 import tensorflow_compression as tfc
 from scipy import special
 
-from hyperprior import exact
+from hyperprior import exact, model
 from hyperprior.config import Model
 
-PRECISION = 16  # bits of a probability, the most that the range coder takes
+PRECISION = model.MAX_BITS  # of a probability: the most that the range coder takes
 TAIL_MASS = 2.0**-14  # at most this much probability is left to the escape
 OUTLIERS = 8  # further values on either side: half the price of an escape where a scale was badly predicted
 MAX_HALF_WIDTH = 2048  # values on either side of zero

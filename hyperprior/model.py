@@ -25,6 +25,8 @@ import tensorflow_compression as tfc
 from hyperprior import config, transforms
 from hyperprior.config import DOWNSAMPLING
 
+MAX_BITS = 16  # that a value costs: no probability in a file's tables is below 2⁻¹⁶
+
 
 class Forward(NamedTuple):
     """`x_hat`: [B, H, W, 3], not clipped; `bits_y`, `bits_z`: [B]; `log_scales`: [B, H/16, W/16, M]."""
@@ -95,8 +97,12 @@ class ScaleHyperprior(tf.Module):
 
 
 def bits(prior: tfc.UniformNoiseAdapter, latent: tf.Tensor) -> tf.Tensor:
-    """−log2 p(latent), summed over all but the first axis: [B]."""
-    return tf.reduce_sum(prior.log_prob(latent), axis=(1, 2, 3)) / -math.log(2.0)
+    """−log2 p(latent), summed over all but the first axis: [B].
+
+    A value counts for at most MAX_BITS, what a file pays for it; its gradient is that of −log2 p all the same.
+    """
+    each = prior.log_prob(latent) / -math.log(2.0)
+    return tf.reduce_sum(tfc.upper_bound(each, MAX_BITS, gradient="identity"), axis=(1, 2, 3))
 
 
 def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:
