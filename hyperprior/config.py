@@ -180,6 +180,10 @@ class Train(Section):
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = field(
         "float32", "of the transforms; latents, entropy models, loss and GDN's norm stay float32"
     )
+    on_nonfinite: Literal["stop", "skip"] = field(
+        "stop", "a loss or gradient that is not finite: stop before it, or skip the step", may_change=True
+    )
+    max_nonfinite: int = field(10, "with `skip`: stop at this many such steps in a row", may_change=True, ge=1)
     xla: bool = field(False, "compile the forward and backward pass with XLA")
     steps_per_call: int = field(10, "most training steps per call of the graph", may_change=True, ge=1)
     validate_every: Optional[Interval] = field(5000, "steps, or text such as '1 epoch'; null: never", may_change=True)
@@ -188,6 +192,10 @@ class Train(Section):
     early_stopping_patience: Optional[int] = field(
         None, "stop after this many validations without a better loss; null: never", may_change=True, ge=1
     )
+
+    def nonfinite_limit(self) -> int:
+        """The number of non-finite steps in a row that ends training."""
+        return self.max_nonfinite if self.on_nonfinite == "skip" else 1
 
     @model_validator(mode="before")
     @classmethod
@@ -210,7 +218,7 @@ class Distribute(Section):
 
     cpu_devices: Optional[int] = field(
         None,
-        "train on this many logical CPU devices instead of the GPUs (to try distribution out)",
+        "each worker trains on this many logical CPU devices instead of its GPUs (to try distribution out)",
         may_change=True,
         ge=1,
     )
@@ -218,6 +226,7 @@ class Distribute(Section):
         None, "threads inside an operation (default: one per core)", may_change=True, ge=1
     )
     deterministic: bool = field(True, "on GPUs: deterministic kernels, so that a resume is exact", may_change=True)
+    start_timeout: int = field(300, "seconds that workers wait for each other at the start", may_change=True, ge=1)
 
 
 class Summaries(Section):

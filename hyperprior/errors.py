@@ -7,6 +7,7 @@ HyperpriorError
 │   └── BitstreamError a compressed file that is damaged, or of another model or release
 ├── DivergedError  4   a loss or gradient that is not finite
 └── Stopped       75   stopped resumably (EX_TEMPFAIL): start the same command again
+    ├── LostWorker     another worker is gone, and the work cannot go on without it
     └── StorageError   the disk refused a write; the last complete checkpoint is intact
 """
 
@@ -49,5 +50,14 @@ class Stopped(HyperpriorError):
     exit_code = 75
 
 
+class LostWorker(Stopped):
+    """Another worker ended or stopped answering; what was saved is intact."""
+
+
 class StorageError(Stopped):
     """Something could not be written; what was complete before is still there."""
+
+
+def error_type(name: str) -> type[HyperpriorError]:
+    """The error type of that name, which another worker told."""
+    return globals()[name]

@@ -9,9 +9,10 @@ so any number of workers can own them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar, Union
 
 from hyperprior.errors import DataError
 from hyperprior.shards import Sample, Shard
@@ -39,6 +40,13 @@ class Keep(NamedTuple):
 
     def __call__(self, key: str) -> bool:
         return (self == ALL) or (self.low <= unit("split", key) < self.high and limit_hash(key) < self.limit)
+
+
+class Lost(NamedTuple):
+    """Stands where a visit ended early: the rest of a shard that cannot be read."""
+
+    name: str
+    reason: str
 
 
 ALL = Keep()
@@ -86,24 +94,43 @@ def enough_shards(shards: list[Shard], lanes: int) -> list[Shard]:
 
 
 def lane_samples(
-    shards: list[Shard], keep: Keep, seed: int, lane: int, lanes: int, buffer_size: int, start: Cursor
-) -> Iterator[tuple[Cursor, Sample]]:
+    shards: list[Shard],
+    keep: Keep,
+    seed: int,
+    lane: int,
+    lanes: int,
+    buffer_size: int,
+    start: Cursor,
+    opening: Callable[[str], object] = lambda name: None,
+) -> Iterator[tuple[Cursor, Union[Sample, Lost]]]:
     """What lane `lane` of `lanes` reads from `start` on, for ever, with each sample's own cursor.
 
-    An epoch may leave a lane without a sample, since the next deals the shards anew; DataError is raised when
-    a thousand in a row do.
+    `opening` hears the name of each shard before it is read, which may take long. A shard that cannot be read
+    gives what came before and one Lost. An epoch may leave a lane without a sample, since the next deals the
+    shards anew; DataError is raised when a thousand in a row do.
     """
     epoch, visit, offset, _ = start
     empty_epochs = 0
+    lost: list[Lost] = []
+
+    def readable(shard: Shard) -> Iterator[Sample]:
+        opening(shard.name)
+        try:
+            yield from (sample for sample in shard.samples() if keep(sample.key))
+        except DataError as error:
+            lost.append(Lost(shard.name, str(error)))
+
     while True:
         mine = permutation(seed, epoch, len(shards))[lane::lanes]
         while visit < len(mine):
             index = mine[visit]
-            samples = (s for s in shards[index].samples() if keep(s.key))
-            for position, sample in enumerate(shuffled(samples, buffer_size, seed, "buffer", epoch, index)):
+            found = shuffled(readable(shards[index]), buffer_size, seed, "buffer", epoch, index)
+            items: Iterator[Union[Sample, Lost]] = itertools.chain(found, lost)
+            for position, item in enumerate(items):
                 if position >= offset:
                     empty_epochs = 0
-                    yield Cursor(epoch, visit, position), sample
+                    yield Cursor(epoch, visit, position), item
+            lost.clear()
             visit, offset = visit + 1, 0
         empty_epochs += 1
         if empty_epochs > MAX_EMPTY_EPOCHS:

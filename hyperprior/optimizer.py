@@ -63,8 +63,10 @@ class Optimizer(tf.Module):
             rate *= tf.minimum((step + 1.0) / s.warmup_steps, 1.0)
         return rate
 
-    def apply(self, gradients: list[tf.Tensor], finite: tf.Tensor, step: tf.Tensor) -> None:
+    def apply(self, gradients: list[tf.Tensor], finite: tf.Tensor, dropped: tf.Tensor, step: tf.Tensor) -> None:
         """One update inside a replica, from gradients already summed over replicas; none unless `finite`.
+
+        A step that is `dropped` leaves everything as it was.
 
         Uses the fused kernel on each replica's own copy: equal gradients keep the copies equal.
         """
@@ -102,7 +104,7 @@ class Optimizer(tf.Module):
             with tf.control_dependencies(self._shrink()):
                 return tf.constant(False)
 
-        tf.cond(finite, update, refuse)
+        tf.cond(dropped, lambda: tf.constant(False), lambda: tf.cond(finite, update, refuse))
 
     def _grow(self) -> list[tf.Operation]:
         if not self.loss_scaling:

@@ -11,21 +11,23 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional, Union
 
 import numpy as np
 
 from hyperprior import config, images, lanes, shards
 from hyperprior.errors import DataError
-from hyperprior.lanes import Cursor, Keep
+from hyperprior.lanes import Cursor, Keep, Lost
 from hyperprior.shards import Sample, Shard
 
 AHEAD = 3  # samples a lane has in the pool
 PREFETCH = 2  # chunks ready before the trainer asks
+LATE = 30  # seconds without input after which a warning tells
 PASSED_OVER_AT_MOST = 1000  # samples in a row, over more than an epoch, before a lane gives up
 
 
@@ -116,24 +118,35 @@ def some_keys(found: list[Shard], name: str) -> list[str]:
 
 
 def read(sample: Sample) -> bytes:
-    """The sample's bytes. A single file that cannot be read is Unusable; a shard that cannot raises DataError."""
+    """The sample's bytes. Raises Unusable where they cannot be read: a run outlives what storage loses."""
     try:
         return sample.read()
     except DataError as error:
-        if sample.is_file:
-            raise images.Unusable(str(error)) from error
-        raise
+        raise images.Unusable(str(error)) from error
 
 
 # Training -------------------------------------------------------------------------------------------------
 
 
 class Skip(NamedTuple):
-    """A sample that was passed over: `bad` if the file is defective, else it is only too small."""
+    """What was passed over: a sample that is `bad`, defective, or only `small`; or a shard's rest, `lost`."""
 
-    sample: str
+    name: str
     reason: str
-    bad: bool
+    kind: Literal["bad", "small", "lost"]
+
+
+class LostShard(images.Unusable):
+    """The rest of a shard cannot be read."""
+
+
+class Reading:
+    """What the input waits for: the name of a shard or sample."""
+
+    name = ""
+
+    def set(self, name: str) -> None:
+        self.name = name
 
 
 @dataclass
@@ -144,6 +157,7 @@ class Batch:
     keys: list[str]
     cursors: list[Cursor]
     samples: int  # decoded or skipped for this batch
+    visits: int  # shards begun
     skipped: list[Skip]
 
 
@@ -159,29 +173,34 @@ class Lane:
         lane: int,
         batch_size: int,
         start: Cursor,
+        reading: Reading,
     ):
         self.settings, self.seed, self.lane, self.pool, self.cursor = settings, seed, lane, pool, start
+        self.reading = reading
         self.samples = lanes.lane_samples(
-            source.shards, source.keep, seed, lane, batch_size, settings.shuffle_buffer, start
+            source.shards, source.keep, seed, lane, batch_size, settings.shuffle_buffer, start, reading.set
         )
-        self.pending: deque[tuple[Cursor, Sample, Future[np.ndarray]]] = deque()
-        self.patches: Optional[tuple[Cursor, Sample, np.ndarray]] = None
+        self.pending: deque[tuple[Cursor, Union[Sample, Lost], Future[np.ndarray]]] = deque()
+        self.patches: Optional[tuple[Cursor, str, np.ndarray]] = None
         self.last_good_epoch, self.passed_over = start.epoch, 0
 
-    def next(self) -> tuple[np.ndarray, str, int, list[Skip]]:
-        """(patch, sample's name, samples newly decoded or skipped, those skipped)."""
-        used, skipped = 0, []
+    def next(self) -> tuple[np.ndarray, str, int, int, list[Skip]]:
+        """(patch, sample's name, samples newly decoded or skipped, shards begun, what was passed over)."""
+        used, visits, skipped = 0, 0, []
         while self.patches is None:
             while len(self.pending) < AHEAD:
                 at, sample = next(self.samples)
                 self.pending.append((at, sample, self.pool.submit(self.load, at, sample)))
             at, sample, future = self.pending.popleft()
-            used += self.cursor.patch == 0  # else it was counted before the stop that this lane resumes from
+            if self.cursor.patch == 0:  # else it was counted before the stop that this lane resumes from
+                used += isinstance(sample, Sample)
+                visits += at.offset == 0
+            self.reading.set(sample.name)
             try:
-                self.patches = at, sample, future.result()
+                self.patches = at, sample.name, future.result()
                 self.last_good_epoch, self.passed_over = at.epoch, 0
             except images.Unusable as error:
-                skipped.append(Skip(sample.name, str(error), not isinstance(error, images.TooSmall)))
+                skipped.append(Skip(sample.name, str(error), kind_of(error)))
                 self.cursor = at._replace(offset=at.offset + 1)
                 self.passed_over += 1
                 if at.epoch > self.last_good_epoch + 1 and self.passed_over > PASSED_OVER_AT_MOST:
@@ -189,16 +208,18 @@ class Lane:
                         f"lane {self.lane} found no usable image in more than an epoch; the last it passed over "
                         f"is {sample.name}: {error} (see data.patch_size, data.small_images)"
                     ) from error
-        at, sample, patches = self.patches
+        at, name, patches = self.patches
         patch = self.cursor.patch
         if patch + 1 < len(patches):
             self.cursor = at._replace(patch=patch + 1)
         else:
             self.cursor = at._replace(offset=at.offset + 1)
             self.patches = None
-        return patches[patch], sample.name, used, skipped
+        return patches[patch], name, used, visits, skipped
 
-    def load(self, at: Cursor, sample: Sample) -> np.ndarray:
+    def load(self, at: Cursor, sample: Union[Sample, Lost]) -> np.ndarray:
+        if isinstance(sample, Lost):
+            raise LostShard(sample.reason)
         # Keyed by the sample, not the lane: an image is cut alike whatever the batch size.
         bits = [
             lanes.draw(self.seed, "crop", at.epoch, sample.key, patch)
@@ -210,20 +231,35 @@ class Lane:
         )
 
 
+def kind_of(error: images.Unusable) -> Literal["bad", "small", "lost"]:
+    return "small" if isinstance(error, images.TooSmall) else "lost" if isinstance(error, LostShard) else "bad"
+
+
 def batches(
-    source: Source, settings: config.Data, seed: int, own: range, batch_size: int, cursors: Sequence[Cursor]
+    source: Source,
+    settings: config.Data,
+    seed: int,
+    own: range,
+    batch_size: int,
+    cursors: Sequence[Cursor],
+    reading: Optional[Reading] = None,
 ) -> Generator[Batch, None, None]:
-    """This worker's share of every global batch from `cursors` (one per global lane) on, for ever."""
+    """This worker's share of every global batch from `cursors` (one per global lane) on, for ever.
+
+    `reading` always tells what it reads or waits for.
+    """
+    reading = reading or Reading()
     with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
-        row = [Lane(pool, source, settings, seed, i, batch_size, cursors[i]) for i in own]
+        row = [Lane(pool, source, settings, seed, i, batch_size, cursors[i], reading) for i in own]
         try:
             while True:
-                patches, keys, used, skipped = zip(*[lane.next() for lane in row])
+                patches, keys, used, visits, skipped = zip(*[lane.next() for lane in row])
                 yield Batch(
                     np.stack(patches),
                     list(keys),
                     [lane.cursor for lane in row],
                     sum(used),
+                    sum(visits),
                     [skip for lane in skipped for skip in lane],
                 )
         finally:
@@ -256,8 +292,14 @@ class Prefetch:
                 return True
         return False
 
-    def next(self, give_up: Callable[[], bool] = lambda: False) -> Any:
-        """The next item; None as soon as `give_up()` holds while there is none."""
+    def next(
+        self, give_up: Callable[[], bool] = lambda: False, late: Callable[[float], object] = lambda seconds: None
+    ) -> Any:
+        """The next item; None as soon as `give_up()` holds while there is none.
+
+        `late` hears how many seconds it has waited, every LATE of them.
+        """
+        began, told = time.monotonic(), 1
         while True:
             with contextlib.suppress(queue.Empty):
                 item, error = self.queue.get(timeout=0.2)
@@ -268,6 +310,9 @@ class Prefetch:
                 raise error
             if give_up():
                 return None
+            if time.monotonic() - began > told * LATE:
+                told += 1
+                late(time.monotonic() - began)
 
     def close(self) -> None:
         self.stopping.set()
@@ -305,7 +350,7 @@ def eval_batches(
             images.check_size(image.shape[0], image.shape[1], min_side, upscale=False)
             return EvalImage(image, 1.0)
         except images.Unusable as error:
-            return EvalImage(blank, 0.0, Skip(sample.name, str(error), not isinstance(error, images.TooSmall)))
+            return EvalImage(blank, 0.0, Skip(sample.name, str(error), kind_of(error)))
 
     samples = (s for shard in source.shards for s in shard.samples() if source.keep(s.key))
     with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:

@@ -37,6 +37,9 @@ TAGS = {
     "gradient_norm": ("optim/gradient_norm", "global norm before clipping"),
     "images_per_s": ("speed/images_per_s", "training patches per second, all workers"),
     "input_wait": ("speed/input_wait", "share of the time that training waits for data"),
+    "all_reduce": ("speed/all_reduce", "share of the time that this worker waits for the sum of gradients"),
+    "nonfinite": ("optim/nonfinite", "steps skipped since the start because a gradient was not finite"),
+    "lost_shards": ("data/lost_shards", "visits of shards since the start that ended early: they cannot be read"),
     "skipped": ("data/skipped", "samples passed over since the start: unusable or too small"),
 }
 

@@ -9,27 +9,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 
 import numpy as np
 import tensorflow as tf
 
 import hyperprior
 from hyperprior import checkpoint, lanes, rd, steps, stream, summaries
-from hyperprior.config import Config, differences, render, validate
+from hyperprior.config import DOWNSAMPLING, Config, differences, render, validate
 from hyperprior.distribute import World
-from hyperprior.errors import ConfigError, DataError, DivergedError, Stopped
+from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, LostWorker, Stopped
 from hyperprior.lanes import Cursor
 from hyperprior.model import ScaleHyperprior
 from hyperprior.optimizer import Optimizer
 from hyperprior.terminal import Terminal, Track
 
 BAD_JUDGED_OVER = 1000  # samples
+LOST_JUDGED_OVER = 100  # shards begun
 
 
 @dataclasses.dataclass
@@ -41,6 +45,10 @@ class State:
     samples: int = 0  # decoded or skipped so far
     bad: int = 0
     small: int = 0
+    visits: int = 0  # shards begun
+    lost: int = 0  # of them, those whose rest could not be read
+    nonfinite: int = 0  # steps skipped because a gradient was not finite
+    failed: int = 0  # of them, those in a row up to now
     validated_step: int = 0
     best_loss: Optional[float] = None
     best_step: int = 0
@@ -50,35 +58,64 @@ class State:
 
 
 class Chunk(NamedTuple):
-    """The batches of one call: per local replica [n, b, P, P, 3] uint8, and what goes with them."""
+    """The batches of one call: per local replica [n, b, P, P, 3] uint8, and what goes with each step."""
 
     images: list[np.ndarray]
-    keys: list[list[str]]  # of each step
-    cursors: list[Cursor]  # after the last step, of this worker's lanes
-    samples: int
-    skipped: list[stream.Skip]
+    inputs: np.ndarray  # [n, len(steps.INPUT)]
+    batches: list[stream.Batch]  # without their images
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask the run to stop after the current call; a second Ctrl-C stops at once.
+    """SIGTERM and Ctrl-C ask the run to stop after the current step; a second Ctrl-C stops at once.
 
-    Before the loop begins there is nothing to save, and the first one stops at once.
+    Before the loop begins there is nothing to save, and the first one stops at once. Python runs a handler only
+    between two calls into TensorFlow, so a thread hears of the signal too and sets `flag`, which every step reads.
     """
 
     def __init__(self) -> None:
         self.requested = self.in_loop = False
+        self.flag: Optional[tf.Variable] = None
+        self.before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def install(self) -> None:
         # MultiWorkerMirroredStrategy replaces the SIGTERM handler: install again after it is made.
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGINT, self._ask)
+        for number in self.before:
+            signal.signal(number, self._handle)
 
-    def _ask(self, number: int, frame: Optional[FrameType]) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+    def __enter__(self) -> StopRequest:
+        self.install()
+        ear, self.mouth = socket.socketpair()
+        self.mouth.setblocking(False)
+        signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(-1)
+        self.mouth.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self) -> None:
         self.requested = True
+        if self.flag is not None:
+            self.flag.assign(1.0)
+
+    def _listen(self, ear: socket.socket) -> None:
+        with ear:
+            while ear.recv(1):
+                if self.in_loop:
+                    self.ask()
+
+    def _handle(self, number: int, frame: Optional[FrameType]) -> None:
         if not self.in_loop:
             raise Stopped("stopped before training began; start the same command again")
+        if self.interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.ask()
+
+    interrupted = False
 
 
 def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str, Any]]:
@@ -86,16 +123,37 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
 
     Workers that are not the chief return None.
 
-    Raises ConfigError, DataError, DivergedError, or Stopped when asked to stop; the run's directory then
-    holds a complete checkpoint.
+    Raises ConfigError, DataError, DivergedError, or Stopped when asked to stop or when another worker is lost;
+    the run's directory then holds a complete checkpoint. All workers raise the same, but for the lost one.
     """
-    stop = StopRequest()
-    stop.install()
-    world = World(settings.distribute, settings.train.batch_size)
-    stop.install()
-    with checkpoint.only_one(run) if world.is_chief else contextlib.nullcontext():
-        result = Trainer(settings, run, terminal, world, stop).run_to_end()
+    with StopRequest() as stop, contextlib.ExitStack() as held:
+        world = World(settings.distribute, settings.train.batch_size)
+        stop.install()
+        if not world.is_chief:
+            terminal = Terminal(quiet=True)
+        try:
+            world.same({**flat(settings), "version": hyperprior.__version__, "tensorflow": tf.__version__})
+            world.check_batch()
+            world.together(lambda: world.is_chief and held.enter_context(checkpoint.only_one(run)))
+            result = Trainer(settings, run, terminal, world, stop).run_to_end()
+        except tf.errors.OpError as error:
+            if world.workers == 1:
+                raise
+            why = re.search("aborted by: (.*)", error.message)
+            raise LostWorker(
+                f"another worker ended or stopped answering ({why[1][:200] if why else type(error).__name__}); "
+                f"what was saved is intact: start the same command on all workers again"
+            ) from error
     return result if world.is_chief else None
+
+
+def flat(settings: Config) -> dict[str, Any]:
+    """What must be the same on all workers, key by key; of the sources only what they hold must be."""
+    sections = settings.to_dict()
+    for source in ("train", "val", "test"):
+        del sections["data"][source]
+    seed = sections.pop("seed")
+    return {"seed": seed, **{f"{name}.{key}": v for name, section in sections.items() for key, v in section.items()}}
 
 
 class Trainer:
@@ -110,7 +168,7 @@ class Trainer:
             settings.summaries.images_every,
         ]
         count = settings.train.epochs is not None or any(isinstance(i, str) for i in in_epochs)
-        self.splits = stream.open_splits(settings.data, world.batch_size, count=count)
+        self.splits = world.together(lambda: stream.open_splits(settings.data, world.batch_size, count=count))
         patches = self.splits.train.images * settings.data.patches_per_image
         self.epoch_steps = -(-patches // world.batch_size)
         self.total = settings.train.steps or (settings.train.epochs or 0) * self.epoch_steps
@@ -120,9 +178,10 @@ class Trainer:
             "validate": self.steps_of(settings.train.validate_every) if self.splits.val.images else 0,
             "checkpoint": self.steps_of(settings.train.checkpoint_every),
         }
-        saved = checkpoint.load_newest(self.checkpoints, terminal.warn)
-        if saved:
-            self.compare(saved[1])
+        saved = world.together(self.load)
+        world.same({"data": self.describe_data(), "checkpoint of step": saved[1]["run"]["step"] if saved else None})
+        with tf.device("CPU:0"):
+            stop.flag = tf.Variable(0.0, trainable=False)
         with world.strategy.scope():
             tf.random.set_seed(lanes.draw(settings.seed, "init") % 2**31)
             dtype = settings.train.precision.replace("mixed_", "")
@@ -135,11 +194,13 @@ class Trainer:
         self.state = State([Cursor()] * world.batch_size)
         if saved:
             arrays, state = saved
-            checkpoint.assign(self.variables, arrays, str(self.checkpoints))
+            world.together(lambda: checkpoint.assign(self.variables, arrays, str(self.checkpoints)))
             self.state = State(**{**state["run"], "cursors": [Cursor(*c) for c in state["run"]["cursors"]]})
             self.check_best()
-        self.check_evaluation()
-        self.train_steps = steps.make_train_steps(world, self.model, self.optimizer, settings)
+        world.together(self.check_evaluation)
+        self.error: Optional[HyperpriorError] = None  # of this worker's input
+        self.reading = stream.Reading()
+        self.train_steps = steps.make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
         self.eval_step = steps.make_eval_step(world, self.model, settings)
         self.reconstruct = tf.function(
             lambda x, offset: steps.reconstruct(self.model, x, offset), reduce_retracing=True, autograph=False
@@ -156,6 +217,12 @@ class Trainer:
         return bool(every) and self.state.step % every == 0
 
     # Resuming ---------------------------------------------------------------------------------------------
+
+    def load(self) -> Optional[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+        saved = checkpoint.load_newest(self.checkpoints, self.terminal.warn)
+        if saved:
+            self.compare(saved[1])
+        return saved
 
     def compare(self, saved: dict[str, Any]) -> None:
         """Refuses what may not change in a run, says what did change and may."""
@@ -191,6 +258,7 @@ class Trainer:
         except ValueError as error:
             self.terminal.warn(f"{error}; the best is sought anew")
             self.state.best_loss, self.state.best_step, self.state.stale = None, 0, 0
+        self.world.same({"best step": self.state.best_step})
 
     def check_evaluation(self) -> None:
         """Raises DataError unless validation and test each have an image that can be used."""
@@ -217,6 +285,9 @@ class Trainer:
         for lane in self.world.lanes(self.world.batch_size):
             own[lane] = self.state.cursors[lane]
         self.state.cursors = [Cursor(*map(int, row)) for row in self.world.sum_workers(own)]
+        self.world.together(self.write_checkpoint)
+
+    def write_checkpoint(self) -> None:
         if not self.world.is_chief:
             return
         state = {
@@ -230,6 +301,15 @@ class Trainer:
         checkpoint.save(checkpoint.path_of(self.checkpoints, self.state.step), arrays, state)
         checkpoint.keep_last(self.checkpoints, self.settings.train.keep_checkpoints)
 
+    def write(self, name: str, text: str) -> None:
+        """A file of the run, by the chief alone; a failure is everyone's."""
+
+        def write() -> None:
+            if self.world.is_chief:
+                checkpoint.write_text(self.run / name, text)
+
+        self.world.together(write)
+
     # The loop ---------------------------------------------------------------------------------------------
 
     def run_to_end(self) -> dict[str, Any]:
@@ -241,18 +321,14 @@ class Trainer:
                 self.terminal.say(f"{self.run} is done: {state.step} steps")
                 return result
         self.announce()
-        if self.world.is_chief:
-            checkpoint.write_text(
-                self.run / "config.yaml", f"# hyperprior {hyperprior.__version__}, resolved\n{render(self.settings)}"
-            )
+        self.write("config.yaml", f"# hyperprior {hyperprior.__version__}, resolved\n{render(self.settings)}")
         with self.summaries() as self.report:
             started = state.step
             self.report.text("config", render(self.settings), started)
             with self.terminal.track("training", self.total, started) as track:
                 self.loop(track)
             result = self.finish()
-        if self.world.is_chief:
-            checkpoint.write_text(results, json.dumps(result, indent=2) + "\n")
+        self.write(results.name, json.dumps(result, indent=2) + "\n")
         return result
 
     @contextlib.contextmanager
@@ -290,40 +366,55 @@ class Trainer:
     def loop(self, track: Track) -> None:
         state = self.state
         chunks = stream.Prefetch(self.chunks())
-        self.log_began, self.log_waited = time.perf_counter(), 0.0
+        self.begin_log()
         self.stop.in_loop = True
-        # Several workers must agree to stop, so there each goes on to the next reduction.
-        give_up = (lambda: self.stop.requested) if self.world.workers == 1 else (lambda: False)
         try:
             stopped = False
             if self.due("validate") and state.step > state.validated_step:  # a stop had cut it short
                 stopped = not self.validate(track)
                 self.save()
             while not stopped and not self.finished():
-                asked = time.perf_counter()
-                chunk = chunks.next(give_up)
-                self.log_waited += time.perf_counter() - asked
-                if chunk is None:
-                    self.save()
-                    stopped = True
-                    break
-                stopped = self.train_chunk(chunk, track)
-                if self.due("scalars"):
+                stopped = self.train_chunk(self.next_chunk(chunks), track)
+                if self.due("scalars") and state.step > state.logged_step:
                     self.log(track)
                 if not stopped and self.due("validate"):
                     stopped = not self.validate(track)
                 if not stopped and self.due("images"):
-                    self.pictures()
+                    self.world.together(self.pictures)
                 # A new best is saved with the state that knows of it.
                 if stopped or self.due("checkpoint") or self.finished() or state.best_step == state.step:
                     self.save()
             if stopped:
-                raise Stopped(
+                self.raise_stopped(
                     f"stopped at step {state.step} of {self.total} with a checkpoint; start the same "
                     f"command again to go on"
                 )
         finally:
             chunks.close()
+
+    def raise_stopped(self, message: str) -> NoReturn:
+        """Raises on every worker what made one of them stop: an error of its input, or a signal."""
+        self.world.raise_first(self.error)
+        raise Stopped(message)
+
+    def next_chunk(self, chunks: stream.Prefetch) -> Chunk:
+        """The next; where this worker must stop, a blank one, in whose step all workers stop."""
+        asked = time.perf_counter()
+        chunk = None
+        try:
+            chunk = chunks.next(lambda: self.stop.requested, self.tell_late)
+        except HyperpriorError as error:
+            self.error = error
+            self.stop.ask()
+        self.log_waited += time.perf_counter() - asked
+        if chunk:
+            return chunk
+        side = self.settings.data.patch_size
+        blank = np.zeros((1, self.world.replica_batch, side, side, 3), np.uint8)
+        return Chunk([blank] * self.world.local_replicas, np.zeros((1, len(steps.INPUT)), np.float32), [])
+
+    def tell_late(self, seconds: float) -> None:
+        self.terminal.warn(f"no input for {seconds:.0f} s: waiting for {self.reading.name}")
 
     def chunks(self) -> Iterator[Chunk]:
         """The input of one call after another: at most steps_per_call steps, never across an interval."""
@@ -335,6 +426,7 @@ class Trainer:
             world.lanes(world.batch_size),
             world.batch_size,
             self.state.cursors,
+            self.reading,
         )
         with contextlib.closing(batches):
             while step < self.total:
@@ -348,67 +440,99 @@ class Trainer:
                 images = np.stack([batch.images for batch in found])
                 yield Chunk(
                     np.split(images, world.local_replicas, axis=1),
-                    [batch.keys for batch in found],
-                    found[-1].cursors,
-                    sum(batch.samples for batch in found),
-                    [skip for batch in found for skip in batch.skipped],
+                    np.array([self.count(batch) for batch in found], np.float32),
+                    [dataclasses.replace(batch, images=images[:0]) for batch in found],
                 )
+
+    @staticmethod
+    def count(batch: stream.Batch) -> list[int]:
+        """steps.INPUT of a batch."""
+        bad, small, lost = (sum(skip.kind == kind for skip in batch.skipped) for kind in ("bad", "small", "lost"))
+        return [batch.samples, bad, small, batch.visits, lost]
 
     def train_chunk(self, chunk: Chunk, track: Track) -> bool:
         """Trains on a chunk; True if a worker was asked to stop. Raises DivergedError, DataError."""
         state, world = self.state, self.world
-        bad = sum(skip.bad for skip in chunk.skipped)
-        told = np.array([self.stop.requested, chunk.samples, bad, len(chunk.skipped) - bad], np.float32)
-        result = self.train_steps(world.place(chunk.images), world.place_once(told), tf.constant(state.step, tf.int64))
-        done = int(result.done)
-        if bool(result.diverged):
+        result = self.train_steps(
+            world.place(chunk.images),
+            world.place_once(chunk.inputs),
+            tf.constant(state.step, tf.int64),
+            tf.constant(state.failed),
+        )
+        done, metrics = int(result.done), result.metrics.numpy()
+        self.log_reduced += float(result.all_reduce)
+        if int(result.failed) >= self.settings.train.nonfinite_limit():
             # Nothing of the failed step reached the weights; the last checkpoint stays the newest.
+            keys = [key for part in world.gather(chunk.batches[done].keys) for key in part]
+            often = f" {int(result.failed)} times in a row, last" if int(result.failed) > 1 else ""
             raise DivergedError(
-                f"the loss or a gradient is not finite at step {state.step + done}; the weights and "
-                f"checkpoints are from before it. Its samples here: "
-                f"{', '.join(chunk.keys[done])}. Lower train.learning_rate, or look at these images"
+                f"the loss or a gradient is not finite{often} at step {state.step + done}; the weights and "
+                f"checkpoints are from before it. Its samples: {', '.join(keys)}. Lower train.learning_rate, or "
+                f"look at these images"
             )
-        for skip in chunk.skipped:
-            self.name(skip)
+        if not done:
+            return bool(result.stopped)
         state.step += done
-        for lane, cursor in zip(world.lanes(world.batch_size), chunk.cursors):
+        state.failed = int(result.failed)
+        state.nonfinite += done - int(metrics[-1])
+        for lane, cursor in zip(world.lanes(world.batch_size), chunk.batches[done - 1].cursors):
             state.cursors[lane] = cursor
-        stop, samples, bad_everywhere, small = result.signals.numpy()
-        state.samples += int(samples)
-        state.bad += int(bad_everywhere)
-        state.small += int(small)
-        state.sums = (np.array(state.sums or 0.0) + result.metrics.numpy()).tolist()
+        met = dict(zip(steps.INPUT, map(int, result.input.numpy())))
+        for kind, number in met.items():
+            setattr(state, kind, getattr(state, kind) + number)
+        if met["bad"] or met["lost"]:
+            skipped = [skip for batch in chunk.batches[:done] for skip in batch.skipped]
+            for part in world.gather(skipped):
+                for skip in part:
+                    self.name(stream.Skip(*skip))
+        state.sums = (np.array(state.sums or 0.0) + metrics).tolist()
         track.update(state.step)
-        limit = self.settings.data.max_bad_fraction * max(state.samples, BAD_JUDGED_OVER)
-        if state.bad > limit:
-            raise DataError(
-                f"{state.bad} of {state.samples} samples are unusable, more than data.max_bad_fraction="
-                f"{self.settings.data.max_bad_fraction} (judged over at least {BAD_JUDGED_OVER}); "
-                f"{self.run / 'metrics.jsonl'} names each, `hyperprior inspect` finds them all"
+        self.judge("bad", "samples", state.samples, BAD_JUDGED_OVER)
+        self.judge("lost", "visits", state.visits, LOST_JUDGED_OVER)
+        return bool(result.stopped)
+
+    def judge(self, kind: str, of: str, seen: int, at_least: int) -> None:
+        """Raises DataError if too large a share of the input cannot be used: on all workers alike."""
+        found, share = getattr(self.state, kind), self.settings.data.max_bad_fraction
+        if found > share * max(seen, at_least):
+            what = (
+                "samples are unusable" if of == "samples" else "shards that were begun could not be read to their end"
             )
-        return bool(stop > 0)
+            raise DataError(
+                f"{found} of {seen} {what}, more than data.max_bad_fraction={share} (judged over at least "
+                f"{at_least}); {self.run / 'metrics.jsonl'} names each, `hyperprior inspect` finds them all"
+            )
 
     def name(self, skip: stream.Skip) -> None:
-        """Tells of a defective image, once."""
-        if skip.bad and skip.sample not in self.report.skipped:
-            self.report.skipped.add(skip.sample)
-            self.terminal.warn(f"skipped {skip.sample}: {skip.reason}")
-            self.report.record("skipped", self.state.step, sample=skip.sample, reason=skip.reason)
+        """Tells of a defective image or shard, once."""
+        if skip.kind != "small" and skip.name not in self.report.skipped:
+            self.report.skipped.add(skip.name)
+            what = "lost the rest of shard" if skip.kind == "lost" else "skipped"
+            self.terminal.warn(f"{what} {skip.name}: {skip.reason}")
+            self.report.record("skipped", self.state.step, sample=skip.name, reason=skip.reason)
 
     def log(self, track: Track) -> None:
         """Means over the steps since the last log."""
         state = self.state
-        count, seconds = state.step - state.logged_step, max(time.perf_counter() - self.log_began, 1e-9)
-        values = dict(zip((*steps.TRAIN_METRICS, "gradient_norm"), (total / count for total in state.sums)))
+        seconds = max(time.perf_counter() - self.log_began, 1e-9)
+        *sums, finite = state.sums
+        values = dict(zip((*steps.TRAIN_METRICS, "gradient_norm"), (total / max(finite, 1.0) for total in sums)))
         values["bpp"] = values["bpp_y"] + values["bpp_z"]
         values["learning_rate"] = float(self.optimizer.learning_rate(tf.constant(state.step - 1)))
-        values["images_per_s"] = count * self.world.batch_size / seconds
+        values["images_per_s"] = (state.step - state.logged_step) * self.world.batch_size / seconds
         values["input_wait"] = self.log_waited / seconds
+        if self.world.device_kind == "CPU":  # a GPU's work is only queued when the graph's clock is read
+            values["all_reduce"] = self.log_reduced / seconds
         values["skipped"] = state.bad + state.small
+        values["lost_shards"] = state.lost
+        values["nonfinite"] = state.nonfinite
         self.report.scalars("train", state.step, values)
         track.line(state.step, summaries.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
-        self.log_began, self.log_waited = time.perf_counter(), 0.0
+        self.begin_log()
         state.logged_step, state.sums = state.step, []
+
+    def begin_log(self) -> None:
+        self.log_began, self.log_waited, self.log_reduced = time.perf_counter(), 0.0, 0.0
 
     # Validation -------------------------------------------------------------------------------------------
 
@@ -423,19 +547,19 @@ class Trainer:
             state.validated_step = state.step
             if state.best_loss is None or found["loss"] < state.best_loss:
                 state.best_loss, state.best_step, state.stale = found["loss"], state.step, 0
-                if self.world.is_chief:
-                    arrays = {f"model/{name}": v.numpy() for name, v in self.model.named_variables().items()}
-                    checkpoint.save(
-                        checkpoint.best_path(self.checkpoints),
-                        arrays,
-                        {"step": state.step, "loss": found["loss"], "config": self.settings.to_dict()},
-                    )
+                self.world.together(self.write_best)
             else:
                 state.stale += 1
         self.report.scalars("val", state.step, found)
         track.line(state.step, "validation  " + summaries.describe(found))
         self.log_began += time.perf_counter() - began  # not a part of training's speed
         return True
+
+    def write_best(self) -> None:
+        if self.world.is_chief:
+            state = {"step": self.state.step, "loss": self.state.best_loss, "config": self.settings.to_dict()}
+            arrays = {f"model/{name}": v.numpy() for name, v in self.model.named_variables().items()}
+            checkpoint.save(checkpoint.best_path(self.checkpoints), arrays, state)
 
     def evaluate(self, source: stream.Source) -> Optional[dict[str, float]]:
         """Means over a split with rounded latents, on all workers; None if one was asked to stop."""
@@ -446,8 +570,10 @@ class Trainer:
         z_offset = self.model.z_offset()
         totals = np.zeros(len(steps.EVAL_METRICS))
         batches = stream.eval_batches(source, settings.data, world.lanes(batch_size), batch_size, self.min_side)
+        number = -(-source.images // batch_size)
         with contextlib.closing(batches):
-            for found in batches:
+            for _ in range(number):
+                found = self.next_evaluated(batches, len(world.lanes(batch_size)))
                 groups = [found[i : i + each] for i in range(0, len(found), each)]
                 images = world.place([np.stack([place.image for place in group]) for group in groups])
                 weights = world.place([np.array([place.weight for place in group], np.float32) for group in groups])
@@ -460,6 +586,16 @@ class Trainer:
                     if place.skip:
                         self.name(place.skip)
         return steps.means(totals)
+
+    def next_evaluated(self, batches: Iterator[list[stream.EvalImage]], count: int) -> list[stream.EvalImage]:
+        """The next of `batches`; where that fails blank places, in whose step all workers stop."""
+        try:
+            return next(batches)
+        except HyperpriorError as error:
+            self.error = error
+            self.stop.ask()
+            blank = np.zeros((DOWNSAMPLING, DOWNSAMPLING, 3), np.uint8)
+            return [stream.EvalImage(blank, 0.0)] * count
 
     def pictures(self) -> None:
         """Originals beside reconstructions, and the histogram of the scales, of the first validation images."""
@@ -508,12 +644,13 @@ class Trainer:
                 names = {f"model/{name}": v for name, v in self.model.named_variables().items()}
                 checkpoint.assign(names, arrays, str(checkpoint.best_path(self.checkpoints)))
                 step, weights = self.state.best_step, contextlib.nullcontext()
+        self.world.same({"step of the best weights": step})
         found: Optional[dict[str, float]] = {}
         if self.splits.test.images:
             with weights:
                 found = self.evaluate(self.splits.test)
         if found is None:
-            raise Stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
+            self.raise_stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
         return {
             **found,
             "step": step,

@@ -33,3 +33,12 @@ MESSAGE
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
     touch "$stamp"
 }
+
+# Sets `hyperprior` to the command that trains here: $HYPERPRIOR where that names one, else that of .venv.
+find_hyperprior() {
+    hyperprior="${HYPERPRIOR:-}"
+    if [ -z "$hyperprior" ]; then
+        if command -v nvidia-smi > /dev/null 2>&1; then make_environment cuda; else make_environment ""; fi
+        hyperprior="$PWD/.venv/bin/hyperprior"
+    fi
+}

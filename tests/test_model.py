@@ -121,6 +121,16 @@ def test_bits_of_y_are_those_of_a_gaussian_over_each_bin() -> None:
     np.testing.assert_allclose(found, [expected], rtol=1e-4)
 
 
+def test_a_badly_predicted_value_counts_what_a_file_pays_for_it_and_pulls_as_the_density_does() -> None:
+    prior = tfc.NoisyNormal(loc=0.0, scale=tf.constant(0.5))
+    for value, capped in ((1.0, False), (9.0, True)):
+        y = tf.Variable([[[[value]]]])
+        with tf.GradientTape(persistent=True) as tape:
+            found, density = model.bits(prior, y), prior.log_prob(y) / -math.log(2)
+        assert float(found[0]) == (model.MAX_BITS if capped else float(density))
+        assert float(tape.gradient(found, y)) == float(tape.gradient(density, y)) != 0
+
+
 def test_scales_stay_in_the_table_and_can_return() -> None:
     m = model.ScaleHyperprior(SETTINGS)
     low = tf.Variable([-10.0, 0.0, 10.0])
@@ -177,6 +187,9 @@ def test_any_size_is_padded_and_cropped_back() -> None:
 # optimizer ------------------------------------------------------------------------------------------------
 
 
+NO = tf.constant(False)
+
+
 def make(total: int = 100, **options: object) -> tuple[tf.Variable, Optimizer]:
     tree = {"train": {"steps": total, "learning_rate": 0.1, **options}}
     variable = tf.Variable([1.0, -2.0, 3.0])
@@ -189,7 +202,7 @@ def test_adam_is_keras_adam() -> None:
     keras = tf.keras.optimizers.Adam(0.1, epsilon=1e-8)
     for step in range(20):
         gradient = tf.constant(np.random.RandomState(step).normal(size=3), tf.float32)
-        optimizer.apply([gradient], tf.constant(True), tf.constant(step))
+        optimizer.apply([gradient], tf.constant(True), NO, tf.constant(step))
         keras.apply_gradients([(gradient, other)])
     # 1 − 0.999 has a relative error of 6e-5 in float32, and each side takes its powers in its own way.
     np.testing.assert_allclose(variable, other, rtol=1e-4)
@@ -197,10 +210,10 @@ def test_adam_is_keras_adam() -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     variable, optimizer = make(ema=0.9)
-    optimizer.apply([tf.ones(3)], tf.constant(True), tf.constant(0))
+    optimizer.apply([tf.ones(3)], tf.constant(True), NO, tf.constant(0))
     before = {name: v.numpy() for name, v in optimizer.named_variables().items()}
     weights = variable.numpy()
-    optimizer.apply([tf.constant([1.0, math.nan, 1.0])], tf.constant(False), tf.constant(1))
+    optimizer.apply([tf.constant([1.0, math.nan, 1.0])], tf.constant(False), NO, tf.constant(1))
     assert np.array_equal(weights, variable)
     assert all(np.array_equal(before[name], v) for name, v in optimizer.named_variables().items())
 
@@ -223,7 +236,7 @@ def test_the_average_follows_the_weights_and_is_given_back() -> None:
     variable, optimizer = make(ema=0.5)
     expected = variable.numpy()
     for step in range(12):
-        optimizer.apply([tf.ones(3)], tf.constant(True), tf.constant(step))
+        optimizer.apply([tf.ones(3)], tf.constant(True), NO, tf.constant(step))
         decay = min(0.5, (step + 1) / (step + 10))
         expected = variable.numpy() + decay * (expected - variable.numpy())
     own = variable.numpy()
@@ -236,8 +249,8 @@ def test_the_average_follows_the_weights_and_is_given_back() -> None:
 def test_the_loss_scale_halves_on_overflow_and_grows_back() -> None:
     variable, optimizer = make(precision="mixed_float16")
     start = float(optimizer.loss_scale)
-    optimizer.apply([tf.ones(3)], tf.constant(False), tf.constant(0))
+    optimizer.apply([tf.ones(3)], tf.constant(False), NO, tf.constant(0))
     assert float(optimizer.loss_scale) == start / 2 and int(optimizer.updates) == 0
     optimizer.good_steps.assign(1999)
-    optimizer.apply([tf.ones(3)], tf.constant(True), tf.constant(0))
+    optimizer.apply([tf.ones(3)], tf.constant(True), NO, tf.constant(0))
     assert float(optimizer.loss_scale) == start

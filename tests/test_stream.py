@@ -104,9 +104,9 @@ def test_a_bad_image_is_skipped_in_its_lane_and_no_other_lane_moves(tmp_path: Pa
         assert theirs[: len(left)] == left
         moved += theirs != mine
     assert 1 <= moved <= 2
-    skips = {s.sample.split(": ")[1]: s for b in streams[1] for s in b.skipped}
-    assert skips["p007"].bad and "JPEG" in skips["p007"].reason
-    assert not skips["p011"].bad and "40x40 is smaller than 64x64" in skips["p011"].reason
+    skips = {s.name.split(": ")[1]: s for b in streams[1] for s in b.skipped}
+    assert skips["p007"].kind == "bad" and "JPEG" in skips["p007"].reason
+    assert skips["p011"].kind == "small" and "40x40 is smaller than 64x64" in skips["p011"].reason
     assert sum(b.samples for b in streams[1]) == 24 + sum(len(b.skipped) for b in streams[1])
 
 
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_read_is_a_bad_image_not_the_end(tmp_path: Path) -
     (tmp_path / "linked" / "far.png").write_bytes(encoded(photo(50), "PNG"))
     (folder / "class").symlink_to(tmp_path / "linked")
     found = read(settings(f"data.train=[{folder}]"), 12)
-    reasons = {skip.sample.split(": ")[1]: skip for batch in found for skip in batch.skipped}
+    reasons = {skip.name.split(": ")[1]: skip for batch in found for skip in batch.skipped}
     assert set(reasons) == {"gone"} and "No such file" in reasons["gone"].reason
     assert len({key for batch in found for key in batch.keys}) == 9  # the linked folder once, the loop not
 

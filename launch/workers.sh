@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Trains with N processes on this machine, one GPU each, or a share of the cores where there are no GPUs. When one
+# of them dies or they stop resumably (exit code 75) all are started again together.
+#
+#   ./launch/workers.sh [--max-restarts R] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]
+#
+# R is 10 by default. SIGTERM and Ctrl-C stop all of them with a checkpoint; the exit code is then 75.
+# HYPERPRIOR names an installed command to use; without it .venv is made.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+
+max_restarts=10
+if [ "${1:-}" = --max-restarts ]; then
+    max_restarts="${2:-}"
+    shift 2
+fi
+if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ && "$max_restarts" =~ ^[0-9]+$ && $# -ge 2 ]]; then
+    echo "usage: $0 [--max-restarts R] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]" >&2
+    exit 2
+fi
+count="$1"
+shift
+find_hyperprior || exit
+
+settle=60 # seconds that the others get to end by themselves after one did
+gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l)"
+if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$count" ]; then
+    echo "$0: $count workers need a GPU each, this machine has $gpus; CUDA_VISIBLE_DEVICES= trains on the CPU" >&2
+    exit 2
+fi
+threads=$(($(nproc) / count))
+pids=()
+stopping=""
+
+stop() {
+    stopping=yes
+    kill -TERM "${pids[@]}" 2> /dev/null
+}
+trap stop TERM INT
+
+start() {
+    local ports cluster i
+    ports="$("$(dirname "$hyperprior")/python" -c '
+import socket, sys
+sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
+for s in sockets:
+    s.bind(("127.0.0.1", 0))
+print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$count")"
+    pids=()
+    for ((i = 0; i < count; i++)); do
+        (
+            trap - TERM INT
+            export TF_CONFIG="{\"cluster\": {\"worker\": [$ports]}, \"task\": {\"type\": \"worker\", \"index\": $i}}"
+            if [ "$gpus" -gt 0 ]; then
+                export CUDA_VISIBLE_DEVICES="$i"
+                exec "$hyperprior" train "$@" 2> >(sed -u "s/^/[$i] /" >&2)
+            fi
+            exec "$hyperprior" train "$@" "distribute.intra_op_threads=$((threads > 0 ? threads : 1))" \
+                2> >(sed -u "s/^/[$i] /" >&2)
+        ) &
+        pids+=($!)
+    done
+}
+
+# Waits for all; `verdict` is then the code to end with, or 75 where all should be started again.
+wait_all() {
+    local code pid deadline="" left=("${pids[@]}")
+    verdict=0
+    while [ ${#left[@]} -gt 0 ]; do
+        local still=()
+        for pid in "${left[@]}"; do
+            if kill -0 "$pid" 2> /dev/null; then
+                still+=("$pid")
+                continue
+            fi
+            wait "$pid"
+            code=$?
+            if [ "$code" -ne 0 ] && [ -z "$deadline" ]; then deadline=$((SECONDS + settle)); fi
+            if [ "$code" -gt 0 ] && [ "$code" -lt 75 ]; then
+                verdict="$code" # 1 to 4: starting again would not help
+            elif [ "$code" -ne 0 ] && [ "$verdict" -eq 0 ]; then
+                verdict=75 # asked to stop, or killed
+            fi
+        done
+        left=(${still[@]+"${still[@]}"})
+        if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ] && [ ${#left[@]} -gt 0 ]; then
+            echo "$0: killing ${#left[@]} workers that did not end in $settle s" >&2
+            kill -CONT "${left[@]}" 2> /dev/null
+            kill -KILL "${left[@]}" 2> /dev/null
+            deadline=$((SECONDS + settle))
+        fi
+        sleep 0.2 &
+        wait $!
+    done
+}
+
+for ((restarts = 0; ; restarts++)); do
+    start "$@"
+    wait_all
+    if [ "$verdict" -ne 75 ] || [ -n "$stopping" ]; then exit "$verdict"; fi
+    if [ "$restarts" -ge "$max_restarts" ]; then
+        echo "$0: stopped again after $restarts restarts; start the same command again to go on" >&2
+        exit 75
+    fi
+    pause=$((restarts < 5 ? 2 ** restarts : 30))
+    echo "$0: all workers start again in $pause s (restart $((restarts + 1)) of at most $max_restarts)" >&2
+    sleep "$pause" &
+    wait $!
+    if [ -n "$stopping" ]; then exit 75; fi
+done

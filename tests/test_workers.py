@@ -1,0 +1,359 @@
+"""Several workers, as processes of their own, and what happens to them: kills, stops, losses, disagreement."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import pytest
+from conftest import TINY, Command, photos, tar_bytes
+from test_train import lines, newest, wait_for
+
+ROOT = Path(__file__).parent.parent
+FAULTY = ROOT / "tests" / "faulty.py"
+Processes = list["subprocess.Popen[str]"]
+
+
+def addresses(count: int) -> list[str]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    found = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return found
+
+
+def start(
+    folder: Path,
+    count: int,
+    *arguments: object,
+    faults: Sequence[str] = (),
+    each: Sequence[Sequence[str]] = (),
+    only: Optional[Sequence[int]] = None,
+) -> Processes:
+    """`count` workers that train with `arguments`, and worker i with those of `each[i]` too."""
+    cluster = {"worker": addresses(count)}
+    command = [sys.executable, *([str(FAULTY), *faults] if faults else ["-m", "hyperprior"]), "train"]
+    workers = []
+    for index in range(count) if only is None else only:
+        place = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+        environment = {**os.environ, "TF_CONFIG": json.dumps(place)} if count > 1 else None
+        own = each[index] if each else ()
+        workers.append(
+            subprocess.Popen(
+                [*command, *map(str, arguments), *own],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=folder,
+                env=environment,
+            )
+        )
+    return workers
+
+
+def ends(workers: Processes, timeout: float = 240) -> list[tuple[int, str]]:
+    """(exit code, what it said) of each; none may be left behind."""
+    try:
+        said = [worker.communicate(timeout=timeout)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    return [(worker.returncode, text) for worker, text in zip(workers, said)]
+
+
+def finish(folder: Path, count: int, *arguments: object, faults: Sequence[str] = ()) -> None:
+    for code, said in ends(start(folder, count, *arguments, faults=faults)):
+        assert code == 0, said
+
+
+def same_weights(a: Path, b: Path) -> int:
+    """How many arrays of the newest checkpoints were compared, bit for bit."""
+    (left, state_a), (right, state_b) = newest(a), newest(b)
+    assert left.keys() == right.keys()
+    assert [name for name in left if left[name].tobytes() != right[name].tobytes()] == []
+    assert state_a["run"] == state_b["run"]
+    return len(left)
+
+
+def keys_of(folder: Path, count: int) -> list[list[str]]:
+    """The sample keys of each global batch; a step that was trained on twice must have had the same twice."""
+    steps: dict[tuple[int, int], list[str]] = {}
+    for worker in range(count):
+        for line in (folder / f"worker-{worker}.txt").read_text().splitlines():
+            step, _, keys = line.partition(" ")
+            assert steps.setdefault((int(step), worker), json.loads(keys)) == json.loads(keys)
+    last = max(step for step, _ in steps)
+    return [[key for worker in range(count) for key in steps[step, worker]] for step in range(last + 1)]
+
+
+@pytest.fixture
+def arguments(nested_tar: Path, empty_config: Path) -> list[object]:
+    return [
+        empty_config,
+        *TINY,
+        f"data.train=[{nested_tar}]",
+        f"data.val=[{nested_tar}]",
+        "train.learning_rate=1e-4",
+        "distribute.intra_op_threads=1",
+    ]
+
+
+def test_two_workers_train_like_one_stop_together_and_continue_as_one(
+    hyperprior: Command, tmp_path: Path, arguments: list[object]
+) -> None:
+    arguments += ["train.steps=12", "train.validate_every=12", "train.ema=0.9", "summaries.images_every=6"]
+    hyperprior("train", *arguments, "--run", "one")
+    workers = start(tmp_path, 2, *arguments, "--run", "two", faults=["slow=0.1"])
+    wait_for(tmp_path / "two", 4, workers[0])
+    workers[1].send_signal(signal.SIGTERM)  # not the chief
+    found = ends(workers)
+    assert [code for code, _ in found] == [75, 75], found
+    assert all("start the same command again" in said for _, said in found)
+    hyperprior("train", *arguments, "--run", "two")
+    states = [newest(tmp_path / run)[1]["run"] for run in ("one", "two")]
+    assert states[0]["cursors"] == states[1]["cursors"]  # type: ignore[index]
+    for row_a, row_b in zip(lines(tmp_path / "one", "train"), lines(tmp_path / "two", "train")):
+        assert row_a["step"] == row_b["step"] and row_a["loss"] == pytest.approx(row_b["loss"], rel=2e-3)
+    assert lines(tmp_path / "two", "val")[0]["images"] == 21
+
+
+def test_a_stop_is_heard_within_a_call_of_many_steps(tmp_path: Path, arguments: list[object]) -> None:
+    for count in (1, 2):
+        run = tmp_path / f"r{count}"
+        intervals = ["train.steps_per_call=100000", "train.validate_every=null", "summaries.scalars_every=100000"]
+        intervals += ["train.steps=100001", "train.checkpoint_every=20", "--run", run.name]
+        # The first call ends at the first checkpoint, at 20; the second would take the rest of an hour.
+        first = start(tmp_path, count, *arguments, *intervals, "train.steps=20")
+        assert [code for code, _ in ends(first)] == [0] * count
+        intervals[intervals.index("train.checkpoint_every=20")] = "train.checkpoint_every=100000"
+        workers = start(tmp_path, count, *arguments, *intervals)
+        time.sleep(25)  # for all it takes to be in that call
+        began = time.monotonic()
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM)
+        assert [code for code, _ in ends(workers)] == [75] * count
+        assert time.monotonic() - began < 10
+        assert newest(run)[1]["run"]["step"] > 40  # type: ignore[index]
+
+
+def test_nan_on_one_worker_stops_all_before_it_reaches_anything_and_can_be_skipped(
+    tmp_path: Path, arguments: list[object]
+) -> None:
+    arguments += ["train.steps=9", "train.checkpoint_every=2", "train.validate_every=null", "train.steps_per_call=3"]
+    found = ends(start(tmp_path, 2, *arguments, "--run", "stops", faults=["nan=5,6"]))
+    for code, said in found:
+        assert code == 4 and "not finite at step 5" in said and "n0: n0_000" not in said
+        assert said.count("nested.tar//n") == 4  # the whole global batch's keys
+    arrays, state = newest(tmp_path / "stops")
+    assert state["run"]["step"] == 4  # type: ignore[index]
+    assert all(np.isfinite(value).all() for value in arrays.values())
+
+    finish(tmp_path, 2, *arguments, "train.on_nonfinite=skip", "--run", "skips", faults=["nan=5,6"])
+    arrays, state = newest(tmp_path / "skips")
+    run = state["run"]
+    assert (run["step"], run["nonfinite"], run["failed"]) == (9, 2, 0)  # type: ignore[index]
+    assert all(np.isfinite(value).all() for value in arrays.values()) and arrays["optimizer/updates"] == 7
+    assert [row["nonfinite"] for row in lines(tmp_path / "skips", "train")] == [0] * 5 + [1] + [2] * 3
+    limited = [*arguments, "train.on_nonfinite=skip", "train.max_nonfinite=2", "--run", "limited"]
+    for code, said in ends(start(tmp_path, 2, *limited, faults=["nan=5,6"])):
+        assert code == 4 and "not finite 2 times in a row, last at step 6" in said
+
+
+def test_workers_that_disagree_are_refused_with_the_difference(tmp_path: Path, arguments: list[object]) -> None:
+    other = tmp_path / "other.tar"
+    other.write_bytes(tar_bytes(photos(30)))
+    for each, code, message in (
+        (["seed=1", "train.steps=7"], 2, "workers 0 and 1 disagree: seed is 0 and 1; train.steps is 5 and 7"),
+        ([f"data.train=[{other}]"], 2, "workers 0 and 1 disagree: data is 6 shards"),
+        ([f"data.train=[{tmp_path / 'none.tar'}]"], 3, "none.tar cannot be read: No such file"),
+    ):
+        workers = start(tmp_path, 2, *arguments, "train.steps=5", "--run", "r", each=[[], each])
+        for found, said in ends(workers):
+            assert found == code and message in said, said
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_a_worker_that_never_comes_up_is_named(tmp_path: Path, arguments: list[object]) -> None:
+    workers = start(tmp_path, 3, *arguments, "distribute.start_timeout=12", "--run", "r", only=[0, 2])
+    for code, said in ends(workers):
+        assert code == 75 and "no answer in 12 s (distribute.start_timeout) from worker 1 (127.0.0.1:" in said
+        assert said.count("127.0.0.1:") == 1
+
+
+def test_a_full_disk_on_the_chief_stops_all_resumably(tmp_path: Path, arguments: list[object]) -> None:
+    arguments += ["train.steps=3000", "train.checkpoint_every=2", "train.validate_every=null", "--run", "r"]
+    workers = start(tmp_path, 2, *arguments, faults=["slow=0.05"])
+    wait_for(tmp_path / "r", 6, workers[0])
+    # From now on no file of the chief can grow beyond 100 kB: what a full disk does to a checkpoint.
+    import resource
+
+    resource.prlimit(workers[0].pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    for code, said in ends(workers):
+        assert code == 75 and "cannot be written" in said and "free the disk" in said, said
+    assert newest(tmp_path / "r")
+
+
+def test_workers_sh_starts_all_again_after_a_kill(tmp_path: Path, arguments: list[object]) -> None:
+    arguments += ["train.steps=40", "train.checkpoint_every=5", "train.validate_every=null"]
+    disturbed(tmp_path, arguments, kills=1)
+
+
+def disturbed(tmp_path: Path, arguments: list[object], kills: int) -> list[float]:
+    """Runs two workers under workers.sh, kills one of them `kills` times, compares with two left alone.
+
+    Returns the seconds until the other had ended, each time.
+    """
+    environment = {**os.environ, "HYPERPRIOR": str(Path(sys.executable).with_name("hyperprior"))}
+    script = ROOT / "launch" / "workers.sh"
+    run = tmp_path / "disturbed"
+    command = [script, "--max-restarts", kills, "2", *arguments, "--run", run]
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    rng, seconds = random.Random(1), []
+    try:
+        for _ in range(kills):
+            before = len(run_rows(run))
+            victims: list[int] = []
+            while len(victims) < 2 or len(run_rows(run)) in (0, before):
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.02)
+                victims = workers_of(process.pid)
+                before = min(before, len(run_rows(run)) or before)
+            time.sleep(rng.random() if kills > 1 else 0)
+            victim = rng.choice(victims)
+            began = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
+            while set(workers_of(process.pid)) & set(victims):
+                time.sleep(0.02)
+            seconds.append(time.monotonic() - began)
+        said = process.communicate(timeout=600)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert said.count("all workers start again") == kills
+    finish(tmp_path, 2, *arguments, "--run", "alone")
+    assert same_weights(tmp_path / "alone", run) > 100
+    return seconds
+
+
+def run_rows(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+
+
+def workers_of(shell: int) -> list[int]:
+    """The workers among the processes that a shell started."""
+    found = subprocess.run(["pgrep", "-P", str(shell), "-f", "hyperprior train"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+# Slow -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path: Path, arguments: list[object]) -> None:
+    arguments += ["train.steps=3000", "train.checkpoint_every=25", "train.validate_every=500", "train.ema=0.99"]
+    seconds = disturbed(tmp_path, arguments, kills=20)
+    print(f"20 kills: the other worker ended after {min(seconds):.1f} to {max(seconds):.1f} s")
+    assert max(seconds) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_hangs_is_given_up(tmp_path: Path, arguments: list[object], victim: int) -> None:
+    workers = start(tmp_path, 2, *arguments, "train.steps=100000", "train.validate_every=null", "--run", "r")
+    wait_for(tmp_path / "r", 4, workers[0])
+    began = time.monotonic()
+    workers[victim].send_signal(signal.SIGSTOP)
+    other = workers[1 - victim]
+    _, said = other.communicate(timeout=60)
+    print(f"gave up after {time.monotonic() - began:.1f} s")
+    assert other.returncode == 75 and "another worker ended or stopped answering" in said
+    workers[victim].send_signal(signal.SIGCONT)  # it wakes up alone, and ends too
+    assert ends([workers[victim]], 60)[0][0] == 75
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_sees_the_same_batches(tmp_path: Path, arguments: list[object]) -> None:
+    arguments += ["train.steps=50", "train.validate_every=50", "train.checkpoint_every=10"]
+    batches, weights, losses = {}, {}, {}
+    for name, parts in {
+        "1": [(1, 50, 1)],
+        "2": [(2, 50, 1)],
+        "4": [(4, 50, 1)],
+        "2x2": [(2, 50, 2)],
+        "2, 1, 4": [(2, 17, 1), (1, 31, 1), (4, 50, 1)],
+    }.items():
+        (tmp_path / f"keys {name}").mkdir()
+        found: list[list[str]] = []
+        for count, end, devices in parts:
+            keys = tmp_path / f"keys {name}" / str(end)
+            keys.mkdir()
+            steps = [f"train.steps={end}", f"distribute.cpu_devices={devices}", "--run", f"run {name}"]
+            finish(tmp_path, count, *arguments, *steps, faults=[f"keys={keys}"])
+            padded = [[]] * len(found)
+            for worker in range(count):  # a part's files begin at the step where it went on
+                path = keys / f"worker-{worker}.txt"
+                path.write_text("".join(f"{i} []\n" for i in range(len(padded))) + path.read_text())
+            found += keys_of(keys, count)[len(found) :]
+        batches[name] = found
+        arrays, state = newest(tmp_path / f"run {name}")
+        weights[name] = {key: value for key, value in arrays.items() if key.startswith("model/")}
+        losses[name] = lines(tmp_path / f"run {name}", "val")[-1]["loss"]
+        assert lines(tmp_path / f"run {name}", "val")[-1]["images"] == 21
+    assert len(batches["1"]) == 50 and all(len(batch) == 4 for batch in batches["1"])
+    for name in batches:
+        assert batches[name] == batches["1"], name
+        assert losses[name] == pytest.approx(losses["1"], rel=1e-3)
+        for key, value in weights[name].items():
+            # Adam turns the rounding of a tiny gradient into a step of its own: never more than the steps taken.
+            assert np.abs(value - weights["1"][key]).max() <= 2 * 50 * 1e-4, (name, key)
+            assert np.abs(value - weights["1"][key]).mean() <= 1e-4, (name, key)
+
+
+@pytest.mark.slow
+def test_clock_zone_locale_and_place_have_no_effect(
+    tmp_path: Path, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments += ["train.steps=20", "train.validate_every=10", "train.checkpoint_every=5"]
+    finish(tmp_path, 2, *arguments, "--run", "plain")
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    monkeypatch.setenv("LC_ALL", "tr_TR.UTF-8")
+    finish(tmp_path, 2, *arguments, "train.steps=10", "--run", "odd", faults=["clock=1e6"])
+    monkeypatch.setenv("TZ", "America/Adak")
+    monkeypatch.setenv("LC_ALL", "C")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "odd").rename(tmp_path / "elsewhere" / "odd")
+    finish(tmp_path, 2, *arguments, "--run", "elsewhere/odd", faults=["clock=-1e6"])
+    same_weights(tmp_path / "plain", tmp_path / "elsewhere" / "odd")
+
+
+@pytest.mark.slow
+def test_a_full_file_system(tmp_path: Path, arguments: list[object], hyperprior: Command) -> None:
+    """A small tmpfs under the checkpoints ends the run; under the summaries alone it does not. Needs root."""
+    arguments += ["train.checkpoint_every=5", "train.validate_every=null"]
+    for what, size in (("checkpoints", "1m"), ("train", "8k")):
+        mount = tmp_path / what / what
+        mount.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], check=True)
+        try:
+            result = hyperprior("train", *arguments, "train.steps=60", "--run", what, check=None)
+            if what == "train":
+                assert result.returncode == 0 and "training goes on without them" in result.stderr
+                assert newest(tmp_path / what)[1]["run"]["step"] == 60  # type: ignore[index]
+            else:
+                assert result.returncode == 75 and "No space left on device" in result.stderr
+                assert len(result.stderr.splitlines()) == 1
+                assert 5 <= newest(tmp_path / what)[1]["run"]["step"] < 60  # type: ignore[index]
+        finally:
+            subprocess.run(["umount", mount], check=True)
