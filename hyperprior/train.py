@@ -435,7 +435,9 @@ class Trainer:
                     self.total,
                     *((step // every + 1) * every for every in self.intervals.values() if every),
                 ]
-                found = [next(batches) for _ in range(min(ends) - step)]
+                found = [next(batches) for _ in range(min(ends) - step) if not self.stop.requested]
+                if self.stop.requested:
+                    return
                 step = min(ends)
                 images = np.stack([batch.images for batch in found])
                 yield Chunk(

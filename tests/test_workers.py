@@ -132,20 +132,16 @@ def test_two_workers_train_like_one_stop_together_and_continue_as_one(
 def test_a_stop_is_heard_within_a_call_of_many_steps(tmp_path: Path, arguments: list[object]) -> None:
     for count in (1, 2):
         run = tmp_path / f"r{count}"
-        intervals = ["train.steps_per_call=100000", "train.validate_every=null", "summaries.scalars_every=100000"]
-        intervals += ["train.steps=100001", "train.checkpoint_every=20", "--run", run.name]
-        # The first call ends at the first checkpoint, at 20; the second would take the rest of an hour.
-        first = start(tmp_path, count, *arguments, *intervals, "train.steps=20")
-        assert [code for code, _ in ends(first)] == [0] * count
-        intervals[intervals.index("train.checkpoint_every=20")] = "train.checkpoint_every=100000"
+        intervals = ["train.steps_per_call=1000", "train.validate_every=null", "summaries.scalars_every=5000"]
+        intervals += ["train.steps=5000", "train.checkpoint_every=5000", "--run", run.name]
         workers = start(tmp_path, count, *arguments, *intervals)
-        time.sleep(25)  # for all it takes to be in that call
+        time.sleep(25)
         began = time.monotonic()
         for worker in workers:
             worker.send_signal(signal.SIGTERM)
         assert [code for code, _ in ends(workers)] == [75] * count
         assert time.monotonic() - began < 10
-        assert newest(run)[1]["run"]["step"] > 40  # type: ignore[index]
+        assert newest(run)[1]["run"]["step"] % 1000 > 0  # type: ignore[index]
 
 
 def test_nan_on_one_worker_stops_all_before_it_reaches_anything_and_can_be_skipped(
@@ -154,7 +150,7 @@ def test_nan_on_one_worker_stops_all_before_it_reaches_anything_and_can_be_skipp
     arguments += ["train.steps=9", "train.checkpoint_every=2", "train.validate_every=null", "train.steps_per_call=3"]
     found = ends(start(tmp_path, 2, *arguments, "--run", "stops", faults=["nan=5,6"]))
     for code, said in found:
-        assert code == 4 and "not finite at step 5" in said and "n0: n0_000" not in said
+        assert code == 4 and "not finite at step 5" in said
         assert said.count("nested.tar//n") == 4  # the whole global batch's keys
     arrays, state = newest(tmp_path / "stops")
     assert state["run"]["step"] == 4  # type: ignore[index]
