@@ -2,21 +2,26 @@
 # Trains with N processes on this machine, one GPU each, or a share of the cores where there are no GPUs. When one
 # of them dies or they stop resumably (exit code 75) all are started again together.
 #
-#   ./launch/workers.sh [--max-restarts R] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]
+#   ./launch/workers.sh [--max-restarts R] [--max-pause S] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]
 #
-# R is 10 by default. SIGTERM and Ctrl-C stop all of them with a checkpoint; the exit code is then 75.
+# At most R restarts, 10 by default, after pauses of 1, 2, 4 … at most S = 30 seconds. SIGTERM and Ctrl-C stop all of them with a checkpoint; the exit code is then 75.
 # HYPERPRIOR names an installed command to use; without it .venv is made.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 max_restarts=10
-if [ "${1:-}" = --max-restarts ]; then
-    max_restarts="${2:-}"
+max_pause=30
+while [ $# -ge 2 ]; do
+    case "$1" in
+        --max-restarts) max_restarts="$2" ;;
+        --max-pause) max_pause="$2" ;;
+        *) break ;;
+    esac
     shift 2
-fi
-if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ && "$max_restarts" =~ ^[0-9]+$ && $# -ge 2 ]]; then
-    echo "usage: $0 [--max-restarts R] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]" >&2
+done
+if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ && "$max_restarts" =~ ^[0-9]+$ && "$max_pause" =~ ^[0-9]+$ && $# -ge 2 ]]; then
+    echo "usage: $0 [--max-restarts R] [--max-pause S] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]" >&2
     exit 2
 fi
 count="$1"
@@ -103,7 +108,8 @@ for ((restarts = 0; ; restarts++)); do
         echo "$0: stopped again after $restarts restarts; start the same command again to go on" >&2
         exit 75
     fi
-    pause=$((restarts < 5 ? 2 ** restarts : 30))
+    pause=$((restarts < 20 ? 2 ** restarts : max_pause))
+    if [ "$pause" -gt "$max_pause" ]; then pause="$max_pause"; fi
     echo "$0: all workers start again in $pause s (restart $((restarts + 1)) of at most $max_restarts)" >&2
     sleep "$pause" &
     wait $!

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +102,47 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         pass
     with checkpoint.only_one(tmp_path):
         pass
+
+
+KILLED_AT_EVERY_LINE = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from hyperprior import checkpoint
+
+folder, lines = Path(sys.argv[1]), 0
+checkpoint.save(checkpoint.path_of(folder, 1), {"x": np.full(9999, 1.0)}, {"step": 1})
+
+def count(frame, event, argument):
+    global lines
+    if frame.f_code.co_filename == checkpoint.__file__:
+        if event == "line":
+            lines += 1
+            if lines == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return count
+
+outcomes = []
+for fatal in range(1, 1000):
+    if not (child := os.fork()):
+        sys.settrace(count)
+        checkpoint.save(checkpoint.path_of(folder, 2), {"x": np.full(9999, 2.0)}, {"step": 2})
+        checkpoint.keep_last(folder, 2)
+        os._exit(0)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    warnings = []
+    arrays, state = checkpoint.load_newest(folder, warnings.append)
+    assert not warnings and (arrays["x"] == state["step"]).all(), (fatal, warnings)
+    outcomes.append(state["step"])
+    checkpoint.path_of(folder, 2).unlink(missing_ok=True)
+    if not killed:
+        break
+print(len(outcomes), outcomes.count(1), outcomes.count(2))
+"""
+
+
+def test_a_kill_at_any_line_of_saving_leaves_the_one_before_or_the_new_one(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", KILLED_AT_EVERY_LINE, tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    points, before, after = map(int, result.stdout.split())
+    assert points > 20 and before > 10 and after > 3, result.stdout

@@ -110,6 +110,51 @@ def test_a_bad_image_is_skipped_in_its_lane_and_no_other_lane_moves(tmp_path: Pa
     assert sum(b.samples for b in streams[1]) == 24 + sum(len(b.skipped) for b in streams[1])
 
 
+def shards_of_four(folder: Path) -> list[Path]:
+    folder.mkdir()
+    paths = [folder / f"s{i}.tar" for i in range(6)]
+    for i, path in enumerate(paths):
+        path.write_bytes(tar_bytes(photos(4, f"s{i}_")))
+    return paths
+
+
+def test_a_shard_that_cannot_be_read_ends_its_visit_and_moves_no_other_lane(tmp_path: Path) -> None:
+    found = {}
+    for name in ("good", "bad"):
+        paths = shards_of_four(tmp_path / name)
+        config = settings(f"data.train=[{', '.join(map(str, paths))}]")
+        source = stream.open_splits(config.data, 4, count=False).train
+        if name == "bad":  # after the start: then it would be an error
+            paths[2].write_bytes(paths[2].read_bytes()[:3000])
+        batches = stream.batches(source, config.data, 0, range(4), 4, [Cursor()] * 4)
+        found[name] = [next(batches) for _ in range(12)]
+        batches.close()
+        again = stream.batches(source, config.data, 0, range(4), 4, found[name][4].cursors)
+        assert all(same(next(again), batch) for batch in found[name][5:])
+        again.close()
+    first = [[[b.keys[i].split(": ")[1] for b in found[n]][:4] for i in range(4)] for n in ("good", "bad")]
+    assert sum(mine != theirs for mine, theirs in zip(*first)) <= 1  # within the first visits
+    lost = [skip for batch in found["bad"] for skip in batch.skipped]
+    assert lost and {skip.kind for skip in lost} == {"lost"}
+    assert all("s2.tar ends at byte" in skip.reason and skip.name.endswith("s2.tar") for skip in lost), lost
+    assert not any("s2_" in key for batch in found["bad"] for key in batch.keys)
+    # In 12 batches of 4 two epochs of 24 pass.
+    assert sum(batch.visits for batch in found["good"]) == 12 and sum(b.samples for b in found["good"]) == 48
+    assert sum(b.samples for b in found["bad"]) == 48  # what is lost is no sample
+
+
+def test_late_input_is_told_with_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stream, "LATE", 0.5)
+    sources = [f"pipe:sleep 2; cat {path}" for path in shards_of_four(tmp_path / "d")]
+    config = settings("data.train=[" + ", ".join(f"'{s}'" for s in sources) + "]", "data.allow_pipe=true")
+    source, reading = stream.open_splits(config.data, 4, count=False).train, stream.Reading()
+    prefetch = stream.Prefetch(stream.batches(source, config.data, 0, range(4), 4, [Cursor()] * 4, reading))
+    told: list[tuple[float, str]] = []
+    prefetch.next(late=lambda seconds: told.append((seconds, reading.name)))
+    prefetch.close()
+    assert len(told) >= 3 and told[0][0] > 0.5 and all(name in sources for _, name in told)
+
+
 def test_a_source_of_nothing_usable_is_an_error_not_an_endless_search(tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(tar_bytes([(f"{i}.png", encoded(photo(i, 30, 30), "PNG")) for i in range(8)]))
     with pytest.raises(DataError, match="no usable image in more than an epoch.*30x30"):

@@ -214,7 +214,7 @@ def disturbed(tmp_path: Path, arguments: list[object], kills: int) -> list[float
     environment = {**os.environ, "HYPERPRIOR": str(Path(sys.executable).with_name("hyperprior"))}
     script = ROOT / "launch" / "workers.sh"
     run = tmp_path / "disturbed"
-    command = [script, "--max-restarts", kills, "2", *arguments, "--run", run]
+    command = [script, "--max-restarts", kills, "--max-pause", 1, "2", *arguments, "--run", run]
     process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
     rng, seconds = random.Random(1), []
     try:
@@ -251,6 +251,31 @@ def workers_of(shell: int) -> list[int]:
     """The workers among the processes that a shell started."""
     found = subprocess.run(["pgrep", "-P", str(shell), "-f", "hyperprior train"], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
+
+
+def test_a_shard_truncated_in_mid_run_is_counted_alike_on_every_worker(
+    tmp_path: Path, arguments: list[object], nested_tar: Path
+) -> None:
+    shards = [tmp_path / f"s{i}.tar" for i in range(8)]
+    for i, path in enumerate(shards):
+        path.write_bytes(tar_bytes(photos(4, f"s{i}_")))
+    arguments += [f"data.train=[{', '.join(map(str, shards))}]", "train.validate_every=null", "train.steps=60"]
+    for share, code in ((0.01, 3), (1.0, 0)):
+        run = tmp_path / str(share)
+        for i, path in enumerate(shards):
+            path.write_bytes(tar_bytes(photos(4, f"s{i}_")))
+        found = start(tmp_path, 2, *arguments, f"data.max_bad_fraction={share}", "--run", run, faults=["slow=0.1"])
+        wait_for(run, 3, found[0])
+        for path in shards[:4]:
+            os.truncate(path, 3000)
+        ended = ends(found)
+        assert [found for found, _ in ended] == [code, code], ended
+        told = [sorted({row for row in said.splitlines() if "skipped" in row}) for _, said in ended]
+        assert told[0] == told[1] and any("s0.tar: s0_" in row and "it was longer" in row for row in told[0])
+        named = {row["sample"] for row in lines(run, "skipped")}
+        assert len(named) == len(told[0])
+        if code:
+            assert all("11 of " in said and "samples are unusable" in said for _, said in ended), ended
 
 
 # Slow -----------------------------------------------------------------------------------------------------
