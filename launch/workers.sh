@@ -4,7 +4,8 @@
 #
 #   ./launch/workers.sh [--max-restarts R] [--max-pause S] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]
 #
-# At most R restarts, 10 by default, after pauses of 1, 2, 4 … at most S = 30 seconds. SIGTERM and Ctrl-C stop all of them with a checkpoint; the exit code is then 75.
+# At most R restarts, 10 by default, after pauses of 1, 2, 4 … at most S = 30 seconds. SIGTERM and Ctrl-C stop all
+# of them with a checkpoint; the exit code is then 75.
 # HYPERPRIOR names an installed command to use; without it .venv is made.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from conftest import TINY, Command, photos, tar_bytes
 from test_train import lines, newest, wait_for
+
+from hyperprior import checkpoint
 
 ROOT = Path(__file__).parent.parent
 FAULTY = ROOT / "tests" / "faulty.py"
@@ -73,8 +75,8 @@ def ends(workers: Processes, timeout: float = 240) -> list[tuple[int, str]]:
     return [(worker.returncode, text) for worker, text in zip(workers, said)]
 
 
-def finish(folder: Path, count: int, *arguments: object, faults: Sequence[str] = ()) -> None:
-    for code, said in ends(start(folder, count, *arguments, faults=faults)):
+def finish(folder: Path, count: int, *arguments: object, faults: Sequence[str] = (), timeout: float = 240) -> None:
+    for code, said in ends(start(folder, count, *arguments, faults=faults), timeout):
         assert code == 0, said
 
 
@@ -203,42 +205,64 @@ def test_a_full_disk_on_the_chief_stops_all_resumably(tmp_path: Path, arguments:
 
 def test_workers_sh_starts_all_again_after_a_kill(tmp_path: Path, arguments: list[object]) -> None:
     arguments += ["train.steps=40", "train.checkpoint_every=5", "train.validate_every=null"]
-    disturbed(tmp_path, arguments, kills=1)
+    disturbed(tmp_path, arguments, [kill])
 
 
-def disturbed(tmp_path: Path, arguments: list[object], kills: int) -> list[float]:
-    """Runs two workers under workers.sh, kills one of them `kills` times, compares with two left alone.
+Fault = Callable[[list[int], Path], None]
 
-    Returns the seconds until the other had ended, each time.
+
+def kill(victims: list[int], run: Path) -> None:
+    os.kill(random.choice(victims), signal.SIGKILL)
+
+
+def terminate(victims: list[int], run: Path) -> None:
+    os.kill(random.choice(victims), signal.SIGTERM)
+
+
+def freeze(victims: list[int], run: Path) -> None:
+    os.kill(random.choice(victims), signal.SIGSTOP)
+
+
+def corrupt(victims: list[int], run: Path) -> None:
+    """The newest checkpoint is damaged, and a worker killed; with only one checkpoint nothing could go on."""
+    found = sorted((run / "checkpoints").glob(checkpoint.PATTERN))
+    if len(found) > 1:
+        os.truncate(found[-1], random.randrange(found[-1].stat().st_size))
+    kill(victims, run)
+
+
+def disturbed(tmp_path: Path, arguments: list[object], faults: Iterable[Fault]) -> list[tuple[str, float]]:
+    """Runs two workers under workers.sh, does `faults` to them, compares with two left alone.
+
+    Returns each fault's name and the seconds until both workers had ended.
     """
     environment = {**os.environ, "HYPERPRIOR": str(Path(sys.executable).with_name("hyperprior"))}
     script = ROOT / "launch" / "workers.sh"
     run = tmp_path / "disturbed"
-    command = [script, "--max-restarts", kills, "--max-pause", 1, "2", *arguments, "--run", run]
+    command = [script, "--max-restarts", 10_000, "--max-pause", 1, "2", *arguments, "--run", run]
     process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
-    rng, seconds = random.Random(1), []
+    seconds: list[tuple[str, float]] = []
+    random.seed(1)
     try:
-        for _ in range(kills):
-            before = len(run_rows(run))
-            victims: list[int] = []
+        for fault in faults:
+            began, before, victims = time.monotonic(), len(run_rows(run)), list[int]()
             while len(victims) < 2 or len(run_rows(run)) in (0, before):
-                assert process.poll() is None, process.communicate()[1]
+                assert process.poll() is None and time.monotonic() - began < 180, process.communicate()[1]
                 time.sleep(0.02)
                 victims = workers_of(process.pid)
                 before = min(before, len(run_rows(run)) or before)
-            time.sleep(rng.random() if kills > 1 else 0)
-            victim = rng.choice(victims)
+            time.sleep(2 * random.random())
             began = time.monotonic()
-            os.kill(victim, signal.SIGKILL)
+            fault(victims, run)
             while set(workers_of(process.pid)) & set(victims):
                 time.sleep(0.02)
-            seconds.append(time.monotonic() - began)
-        said = process.communicate(timeout=600)[1]
+            seconds.append((fault.__name__, time.monotonic() - began))
+        said = process.communicate(timeout=1200)[1]
     finally:
         process.kill()
     assert process.returncode == 0, said
-    assert said.count("all workers start again") == kills
-    finish(tmp_path, 2, *arguments, "--run", "alone")
+    assert said.count("all workers start again") == len(seconds)
+    finish(tmp_path, 2, *arguments, "--run", "alone", timeout=1200)
     assert same_weights(tmp_path / "alone", run) > 100
     return seconds
 
@@ -284,9 +308,25 @@ def test_a_shard_truncated_in_mid_run_is_counted_alike_on_every_worker(
 @pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path: Path, arguments: list[object]) -> None:
     arguments += ["train.steps=3000", "train.checkpoint_every=25", "train.validate_every=500", "train.ema=0.99"]
-    seconds = disturbed(tmp_path, arguments, kills=20)
+    seconds = [each for _, each in disturbed(tmp_path, arguments, [kill] * 20)]
     print(f"20 kills: the other worker ended after {min(seconds):.1f} to {max(seconds):.1f} s")
     assert max(seconds) < 60
+
+
+@pytest.mark.slow
+def test_half_an_hour_of_faults_leaves_no_trace(tmp_path: Path, arguments: list[object]) -> None:
+    end = time.monotonic() + 60 * float(os.environ.get("HYPERPRIOR_SOAK_MINUTES", "30"))
+
+    def faults() -> Iterator[Fault]:
+        while time.monotonic() < end:
+            yield random.choice([kill, kill, terminate, terminate, corrupt, freeze])
+
+    arguments += ["train.steps=30000", "train.checkpoint_every=200", "train.validate_every=3000", "train.ema=0.99"]
+    seconds = disturbed(tmp_path, [*arguments, "summaries.scalars_every=20"], faults())
+    for name in ("kill", "terminate", "corrupt", "freeze"):
+        times = [each for fault, each in seconds if fault == name]
+        print(f"{len(times)} x {name}: both workers had ended after {min(times):.1f} to {max(times):.1f} s")
+    assert len(seconds) >= 20
 
 
 @pytest.mark.slow
