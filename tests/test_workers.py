@@ -418,3 +418,15 @@ def test_a_full_file_system(tmp_path: Path, arguments: list[object], hyperprior:
                 assert 5 <= newest(tmp_path / what)[1]["run"]["step"] < 60  # type: ignore[index]
         finally:
             subprocess.run(["umount", mount], check=True)
+
+
+@pytest.mark.slow
+def test_a_shard_that_stalls_is_named_and_shows(tmp_path: Path, arguments: list[object]) -> None:
+    sources = []
+    for i in range(8):
+        (tmp_path / f"s{i}.tar").write_bytes(tar_bytes(photos(4, f"s{i}_")))
+        sources.append(f"'pipe:sleep 33; cat {tmp_path}/s{i}.tar'")
+    arguments += [f"data.train=[{', '.join(sources)}]", "data.allow_pipe=true", "train.validate_every=null"]
+    for code, said in ends(start(tmp_path, 2, *arguments, "train.steps=3", "--run", "r")):
+        assert code == 0 and "no input for 30 s: waiting for pipe:sleep 33; cat" in said, said
+    assert lines(tmp_path / "r", "train")[0]["input_wait"] > 0.6

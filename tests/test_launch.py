@@ -1,0 +1,63 @@
+"""What the launch files do with exit codes and signals, with a stand-in for the command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_workers import ROOT
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """An environment whose `hyperprior` ends with $CODE, or with 75 when it gets SIGTERM."""
+    command = tmp_path / "hyperprior"
+    command.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\ntrap "exit 75" TERM\nif [ "$CODE" = wait ]; then sleep 30 & wait; fi\n'
+        'exit "$CODE"\n'
+    )
+    command.chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HYPERPRIOR": str(command)}
+
+
+def test_a_pod_ends_with_codes_that_its_operator_understands(stand_in: dict[str, str]) -> None:
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
+    chief, worker = (job["spec"]["tfReplicaSpecs"][kind] for kind in ("Chief", "Worker"))
+    assert chief["template"] == worker["template"] and chief["restartPolicy"] == "ExitCode"
+    (container,) = chief["template"]["spec"]["containers"]
+    assert container["name"] == "tensorflow"  # the operator looks for this one
+    command = [*container["command"], *container["args"]]
+    for code, expected in (("0", 0), ("3", 3), ("4", 4), ("75", 143)):
+        assert subprocess.run(command, env={**stand_in, "CODE": code}).returncode == expected
+    pod = subprocess.Popen(command, env={**stand_in, "CODE": "wait"})
+    time.sleep(1)
+    pod.send_signal(signal.SIGTERM)
+    assert pod.wait(10) == 143
+
+
+def test_workers_sh_says_what_it_wants_and_passes_codes_on(stand_in: dict[str, str]) -> None:
+    script = ROOT / "launch" / "workers.sh"
+    for arguments in ([], ["0", "c.yaml"], ["--max-restarts", "x", "2", "c.yaml"], ["2"]):
+        result = subprocess.run([script, *arguments], env=stand_in, capture_output=True, text=True)
+        assert result.returncode == 2 and "usage: " in result.stderr
+    for code, expected, starts in (("0", 0, 2), ("3", 3, 2), ("75", 75, 4)):
+        log = Path(stand_in["HYPERPRIOR"] + ".log")
+        log.unlink(missing_ok=True)
+        command = [script, "--max-restarts", "1", "2", "c.yaml", "--run", "r"]
+        result = subprocess.run(command, env={**stand_in, "CODE": code}, capture_output=True, text=True)
+        assert result.returncode == expected
+        assert len(log.read_text().splitlines()) == starts
+        assert log.read_text().startswith("train c.yaml --run r distribute.intra_op_threads=")
+    running = subprocess.Popen([script, "2", "c.yaml"], env={**stand_in, "CODE": "wait"})
+    time.sleep(2)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(10) == 75  # asked to stop: no restart
