@@ -250,6 +250,38 @@ def evaluate(
     terminal.say(f"results are in {out}")
 
 
+@app.command()
+def bench(
+    config: ConfigFile,
+    what: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[step|input|train|codec|all] [SECTION.KEY=VALUE]", help="Default: all parts."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
+) -> None:
+    """Measure training step, input, loop and codec, as ratios to what this machine can do.
+
+    Example: `hyperprior bench configs/imagenet_mse.yaml step train.batch_size=8`
+    """
+    from hyperprior.config import load_config
+    from hyperprior.errors import ConfigError
+
+    parts = [word for word in what or [] if "=" not in word] or ["all"]
+    for word in parts:
+        if word not in ("step", "input", "train", "codec", "all"):
+            raise ConfigError(f"`{word}` cannot be measured; step, input, train, codec and all can")
+    settings = load_config(config, [word for word in what or [] if "=" in word])
+    keep_freed_memory()
+    from hyperprior import bench as job
+    from hyperprior import checkpoint
+    from hyperprior.terminal import Terminal
+
+    found = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, Terminal())
+    if out:
+        checkpoint.write_text(out, json.dumps(found, indent=2) + "\n")
+
+
 @app.command(name="config")
 def config_command(
     config: Annotated[Optional[Path], typer.Argument(metavar="[CONFIG]", help="Default: the defaults.")] = None,
