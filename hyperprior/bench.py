@@ -12,6 +12,8 @@ import json
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+import yaml
 from PIL import Image
 from rich.table import Table
 
@@ -31,7 +34,7 @@ from hyperprior.lanes import Cursor
 from hyperprior.optimizer import Optimizer
 from hyperprior.terminal import Terminal
 
-PARTS = ("step", "input", "train", "codec")
+PARTS = ("step", "input", "train", "start", "codec")
 INPUT_SECONDS = 6.0  # of each repeat
 COMPARED_IMAGES = 2000  # at most, for the formats that input is compared with
 PHOTO = (512, 768)  # height and width of the image that the codec is timed on: Kodak's
@@ -375,6 +378,35 @@ def bench_train(settings: Config, world: World, repeats: int, terminal: Terminal
         f"{waited:.1%} of the time waits for input"
     )
     return {"step": step._asdict(), "loop": loop._asdict(), "loop_over_step": ratio, "input_wait": waited}
+
+
+def bench_start(settings: Config, world: World, repeats: int, terminal: Terminal) -> dict[str, Any]:
+    """Seconds from the command to the end of the first training step, in a process of its own."""
+
+    def seconds(command: list[str], until: Path) -> float:
+        began = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not until.exists():
+                time.sleep(0.01)
+            taken = time.perf_counter() - began
+            process.kill()
+        return taken
+
+    imports, first = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.yaml")
+        tree = settings.to_dict()
+        tree["train"] |= {"steps_per_call": 1, "checkpoint_every": 1}
+        config.write_text(yaml.safe_dump(tree))
+        for i in range(repeats):
+            run = Path(folder, str(i))
+            imports.append(seconds([sys.executable, "-c", "import tensorflow"], run))
+            command = [sys.executable, "-m", "hyperprior", "train", str(config), "--run", str(run)]
+            first.append(seconds(command, run / "checkpoints" / "step-000000001.npz"))
+    start, tensorflow = spread(first), spread(imports)
+    terminal.say(f"start     {describe(start, '{:.1f} s')} to the end of the first step and its checkpoint")
+    terminal.say(f"          {describe(tensorflow, '{:.1f} s')} of it is the import of TensorFlow")
+    return {"first_step": start._asdict(), "import_tensorflow": tensorflow._asdict()}
 
 
 # The codec --------------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def bench(
     config: ConfigFile,
     what: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="[step|input|train|codec|all] [SECTION.KEY=VALUE]", help="Default: all parts."),
+        typer.Argument(metavar="[step|input|train|start|codec|all] [SECTION.KEY=VALUE]", help="Default: all parts."),
     ] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
@@ -269,8 +269,8 @@ def bench(
 
     parts = [word for word in what or [] if "=" not in word] or ["all"]
     for word in parts:
-        if word not in ("step", "input", "train", "codec", "all"):
-            raise ConfigError(f"`{word}` cannot be measured; step, input, train, codec and all can")
+        if word not in ("step", "input", "train", "start", "codec", "all"):
+            raise ConfigError(f"`{word}` cannot be measured; step, input, train, start, codec and all can")
     settings = load_config(config, [word for word in what or [] if "=" in word])
     keep_freed_memory()
     from hyperprior import bench as job

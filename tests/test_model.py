@@ -75,6 +75,30 @@ def test_gdn_is_its_closed_form_and_tfcs(inverse: bool) -> None:
     np.testing.assert_allclose(gdn(x), theirs(x), rtol=1e-5)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape", [(2, 64, 64, 32), (1, 3, 5, 32)])
+def test_gdn_in_pieces_is_the_plain_form_with_its_gradient(inverse: bool, shape: tuple[int, ...]) -> None:
+    gdn = transforms.GDN(32, inverse=inverse)
+    rng = np.random.RandomState(0)
+    gdn.beta = tfc.GDNParameter(rng.uniform(0.5, 2, 32).astype(np.float32), minimum=1e-6)
+    gdn.gamma = tfc.GDNParameter(rng.uniform(0, 0.1, (32, 32)).astype(np.float32))
+    x, dy = tf.Variable(rng.normal(size=shape), dtype=tf.float32), tf.constant(rng.normal(size=shape), tf.float32)
+    assert transforms.pieces(x.shape) == (4 if shape[0] == 2 else 1)
+    wanted = [x, gdn.beta.variable, gdn.gamma.variable]
+
+    def plain(x: tf.Tensor) -> tf.Tensor:
+        norm = gdn.beta() + tf.einsum("bhwc,cd->bhwd", tf.square(x), gdn.gamma())
+        return x * tf.sqrt(norm) if inverse else x / tf.sqrt(norm)
+
+    found = []
+    for form in (gdn, plain):
+        with tf.GradientTape() as tape:
+            y = form(x)
+        found.append([y, *tape.gradient(y, wanted, output_gradients=dy)])
+    for ours, theirs in zip(*found):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * np.abs(theirs).max())
+
+
 def test_the_transforms_have_the_papers_shapes() -> None:
     m = model.ScaleHyperprior(SETTINGS)
     x = images(1, 2, 128, 192)

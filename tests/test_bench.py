@@ -1,0 +1,48 @@
+"""What is counted and reported; how fast it is, no test says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY, encoded, photo, tar_bytes
+
+from hyperprior import bench, model
+from hyperprior.config import load_config, validate
+from hyperprior.terminal import Terminal
+
+
+def test_the_work_of_a_step_is_counted_from_its_shapes() -> None:
+    settings = validate({"model": {"num_filters": 128, "latent_channels": 192, "hyper_channels": 128}}, "test")
+    every = bench.layers(model.ScaleHyperprior(settings.model), 256)
+    n, m = 128, 192
+    g_a = 50 * (3 * n * 128**2 + n * n * (64**2 + 32**2) + n * m * 16**2)
+    gdn = 2 * n * n * (128**2 + 64**2 + 32**2)
+    h_a = 18 * m * n * 16**2 + 50 * n * n * (8**2 + 4**2)
+    assert sum(layer.flop for layer in every) == 2 * (g_a + gdn + h_a)
+    assert sum(8 * layer.flop * layer.passes for layer in every) / 1e9 == pytest.approx(271.4, abs=0.1)
+    assert [layer.name for layer in every if layer.passes == 2] == ["g_a/0 Conv"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
+def test_every_part_reports_its_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "INPUT_SECONDS", 0.3)
+    path = tmp_path / "t.tar"
+    path.write_bytes(tar_bytes((f"{i}.jpg", encoded(photo(i, 200 + 9 * (i % 3), 195))) for i in range(40)))
+    settings = load_config(None, [*TINY, f"data.train=[{path}]", "train.steps=1000", "train.validate_every=null"])
+    found = bench.bench(settings, list(bench.PARTS), 2, Terminal())
+    step = found["step"]
+    assert step["step_over_ideal"] == pytest.approx(step["step"]["median"] / step["ideal"])
+    assert step["gflop"] == pytest.approx(sum(row["gflop"] for row in step["layers"]))
+    assert set(step["parts"]) == {"Conv", "GDN", "entropy model", "optimizer"} and min(step["parts"].values()) > 0
+    for rates in (found["input"]["patches_per_s"], found["input"]["patches_per_cpu_s"]):
+        assert len(rates) == 4 and all(0 < rate["low"] <= rate["median"] <= rate["high"] for rate in rates.values())
+    loop = found["train"]
+    assert loop["loop"]["repeats"] == 3 and 0 <= loop["input_wait"] < 1 and loop["loop_over_step"] > 0
+    assert found["start"]["first_step"]["median"] > found["start"]["import_tensorflow"]["median"] > 0
+    codec = {name: timing["median"] for name, timing in found["codec"].items()}
+    assert codec["compress"] > codec["exact h_s and range coding"] > 0 and codec["decompress"] > codec["g_s"] > 0
+    output = capsys.readouterr().out
+    assert "step / ideal" in output and "ours / it" in output and "loop / step" in output
