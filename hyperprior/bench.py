@@ -370,14 +370,15 @@ def bench_train(settings: Config, world: World, repeats: int, terminal: Terminal
         after = timed(synthetic, repeats, count)
     logged = [row for row in rows if row["kind"] == "train"][1:]
     loop = spread([world.batch_size / row["images_per_s"] for row in logged])
-    waited = statistics.median(row["input_wait"] for row in logged)
+    waited, reduced = (statistics.median(row.get(name, 0.0) for row in logged) for name in ("input_wait", "all_reduce"))
     ratio = loop.median / statistics.median([step.median, after.median])
     terminal.say(f"step      {describe(step)} on a batch in memory; {describe(after)} after the loop")
     terminal.say(
         f"loop      {describe(loop)} on real data, with summaries and checkpoints; loop / step = {ratio:.3f}; "
-        f"{waited:.1%} of the time waits for input"
+        f"{waited:.1%} of the time waits for input, {reduced:.1%} for the sum over replicas"
     )
-    return {"step": step._asdict(), "loop": loop._asdict(), "loop_over_step": ratio, "input_wait": waited}
+    shares = {"input_wait": waited, "all_reduce": reduced}
+    return {"step": step._asdict(), "loop": loop._asdict(), "loop_over_step": ratio, **shares}
 
 
 def bench_start(settings: Config, world: World, repeats: int, terminal: Terminal) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import tensorflow as tf
 import tensorflow_compression as tfc
 
 from hyperprior import config, model, rd, steps, transforms
+from hyperprior.distribute import World
 from hyperprior.optimizer import Optimizer
 
 SETTINGS = config.Model(num_filters=8, latent_channels=12, hyper_channels=6)
@@ -206,6 +207,20 @@ def test_any_size_is_padded_and_cropped_back() -> None:
         assert np.array_equal(np.round(x_hat * 255), (x_hat * 255).numpy().round(3))
     padded = model.pad(images(2, 1, 70, 64))
     assert padded.shape == (1, 128, 64, 3) and np.array_equal(padded[0, 69], padded[0, 127])
+
+
+def test_the_steps_of_a_call_never_come_back_to_python() -> None:
+    settings = config.validate({"model": SETTINGS.model_dump(), "data": {"patch_size": 64}}, "test")
+    world = World(settings.distribute, 2)
+    m = model.ScaleHyperprior(settings.model)
+    optimizer = Optimizer(m.named_variables(), settings.train, 10)
+    train_steps = steps.make_train_steps(world, m, optimizer, tf.Variable(0.0), settings)
+    inputs = tf.zeros((3, 2, 64, 64, 3), tf.uint8), tf.zeros((3, len(steps.INPUT)))
+    graph = train_steps.get_concrete_function(*inputs, tf.constant(0, tf.int64), tf.constant(0)).graph.as_graph_def()
+    top = [node.op for node in graph.node]
+    everything = {node.op for function in graph.library.function for node in function.node_def} | set(top)
+    assert top.count("While") == 1 and "ResourceApplyAdam" in everything and "ResourceApplyAdam" not in top
+    assert not [op for op in everything if "PyFunc" in op or op in ("Print", "PrintV2", "Assert", "HostConst")]
 
 
 # optimizer ------------------------------------------------------------------------------------------------
