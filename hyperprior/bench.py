@@ -32,6 +32,7 @@ from hyperprior.config import Config
 from hyperprior.distribute import World
 from hyperprior.lanes import Cursor
 from hyperprior.optimizer import Optimizer
+from hyperprior.stop import StopRequest
 from hyperprior.terminal import Terminal
 
 PARTS = ("step", "input", "train", "start", "codec")
@@ -348,8 +349,7 @@ def read_with_tarfile(flat: Path) -> None:
 def bench_train(settings: Config, world: World, repeats: int, terminal: Terminal) -> dict[str, Any]:
     """The real loop on real data, over the same step without input, summaries and checkpoints."""
     with tempfile.TemporaryDirectory() as folder:
-        stop = train.StopRequest()
-        trainer = train.Trainer(settings, Path(folder), Terminal(quiet=True), world, stop)
+        trainer = train.Trainer(settings, Path(folder), Terminal(quiet=True), world, StopRequest())
         chunks = stream.Prefetch(trainer.chunks())
         chunk = chunks.next()
         chunks.close()

@@ -10,13 +10,9 @@ import contextlib
 import dataclasses
 import json
 import re
-import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn, Optional
 
 import numpy as np
@@ -30,6 +26,7 @@ from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorE
 from hyperprior.lanes import Cursor
 from hyperprior.model import ScaleHyperprior
 from hyperprior.optimizer import Optimizer
+from hyperprior.stop import StopRequest
 from hyperprior.terminal import Terminal, Track
 
 BAD_JUDGED_OVER = 1000  # samples
@@ -63,59 +60,6 @@ class Chunk(NamedTuple):
     images: list[np.ndarray]
     inputs: np.ndarray  # [n, len(steps.INPUT)]
     batches: list[stream.Batch]  # without their images
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C ask the run to stop after the current step; a second Ctrl-C stops at once.
-
-    Before the loop begins there is nothing to save, and the first one stops at once. Python runs a handler only
-    between two calls into TensorFlow, so a thread hears of the signal too and sets `flag`, which every step reads.
-    """
-
-    def __init__(self) -> None:
-        self.requested = self.in_loop = False
-        self.flag: Optional[tf.Variable] = None
-        self.before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def install(self) -> None:
-        # MultiWorkerMirroredStrategy replaces the SIGTERM handler: install again after it is made.
-        for number in self.before:
-            signal.signal(number, self._handle)
-
-    def __enter__(self) -> StopRequest:
-        self.install()
-        ear, self.mouth = socket.socketpair()
-        self.mouth.setblocking(False)
-        signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(ear,), name="signals", daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.set_wakeup_fd(-1)
-        self.mouth.close()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self) -> None:
-        self.requested = True
-        if self.flag is not None:
-            self.flag.assign(1.0)
-
-    def _listen(self, ear: socket.socket) -> None:
-        with ear:
-            while ear.recv(1):
-                if self.in_loop:
-                    self.ask()
-
-    def _handle(self, number: int, frame: Optional[FrameType]) -> None:
-        if not self.in_loop:
-            raise Stopped("stopped before training began; start the same command again")
-        if self.interrupted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        self.ask()
-
-    interrupted = False
 
 
 def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str, Any]]:
