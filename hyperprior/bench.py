@@ -204,8 +204,8 @@ def entropy_seconds(hyperprior: model.ScaleHyperprior, world: World, side: int, 
         y, z = (v + model.uniform_noise(s, 1, tf.constant(0, tf.int64), places) for v, s in zip(latents, shapes))
         with tf.GradientTape() as tape:
             tape.watch([y, z, log_scales])
-            prior = model.tfc.NoisyNormal(loc=0.0, scale=hyperprior.scales(log_scales))
-            total = tf.reduce_sum(model.bits(prior, y)) + tf.reduce_sum(model.bits(hyperprior.prior, z))
+            total = tf.reduce_sum(model.gaussian_bits(y, hyperprior.scales(log_scales)))
+            total += tf.reduce_sum(model.bits(hyperprior.prior, z))
         return tape.gradient(total, [y, z, log_scales])
 
     return timed(both, repeats).median

@@ -163,8 +163,8 @@ class Codec:
         total = float(model.bits(self._model.prior, z_hat)[0])
         for rows in self._strips(z):
             sums = self.index_sums(z[:, rows.begin : rows.end])[:, rows.inside(Z_ELEMENTS)]
-            density = tfc.NoisyNormal(loc=0.0, scale=exact.scales(sums, self.config.model))
-            total += float(model.bits(density, y[:, rows.start * Z_ELEMENTS : rows.stop * Z_ELEMENTS])[0])
+            scales = exact.scales(sums, self.config.model)
+            total += float(model.gaussian_bits(y[:, rows.start * Z_ELEMENTS : rows.stop * Z_ELEMENTS], scales)[0])
         return total
 
     # Latents and symbols ----------------------------------------------------------------------------------

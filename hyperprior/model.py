@@ -17,7 +17,7 @@ integers plus the median of its prior.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 import tensorflow_compression as tfc
@@ -85,7 +85,7 @@ class ScaleHyperprior(tf.Module):
         log_scales = self.h_s(z)
         return Forward(
             x_hat=self.g_s(y),
-            bits_y=bits(tfc.NoisyNormal(loc=0.0, scale=self.scales(log_scales)), y),
+            bits_y=gaussian_bits(y, self.scales(log_scales)),
             bits_z=bits(self.prior, z),
             log_scales=log_scales,
         )
@@ -94,6 +94,36 @@ class ScaleHyperprior(tf.Module):
         """Standard deviations within the table's range; outside it the gradient only leads back."""
         low, high = math.log(self._settings.scale_min), math.log(self._settings.scale_max)
         return tf.exp(tfc.upper_bound(tfc.lower_bound(log_scales, low), high))
+
+
+def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """−log2 of the mass of N(0, scale²) in [y − ½, y + ½], summed over all but the first axis: [B].
+
+    What `bits` gives for tfc.NoisyNormal(0, scale), to 1e-5, in fewer operations. A value counts for at
+    most MAX_BITS; the gradient is that of the mass's logarithm all the same, far out that of the normal's tail.
+    """
+    return tf.reduce_sum(_gaussian_bits(y, scale), axis=(1, 2, 3))
+
+
+@tf.custom_gradient
+def _gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> Any:
+    inverse = 1.0 / scale
+    distance = tf.abs(y)
+    upper, lower = (0.5 - distance) * inverse, (-0.5 - distance) * inverse
+    # Both complementary error functions are precise however small they are, and here never close to each other
+    # where they are large.
+    mass = 0.5 * (tf.math.erfc(upper * -(0.5**0.5)) - tf.math.erfc(lower * -(0.5**0.5)))
+
+    def gradient(d: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        d = d * inverse / -math.log(2.0)
+        upper_density, lower_density = (tf.exp(-0.5 * tf.square(x)) for x in (upper, lower))
+        far = mass < 1e-30
+        share = (2.0 * math.pi) ** -0.5 / tf.where(far, 1.0, mass)
+        by_distance = tf.where(far, upper, (lower_density - upper_density) * share)
+        by_scale = tf.where(far, tf.square(upper), (lower * lower_density - upper * upper_density) * share)
+        return d * by_distance * tf.sign(y), d * by_scale
+
+    return tf.minimum(tf.math.log(tf.maximum(mass, 1e-30)) / -math.log(2.0), float(MAX_BITS)), gradient
 
 
 def bits(prior: tfc.UniformNoiseAdapter, latent: tf.Tensor) -> tf.Tensor:

@@ -141,19 +141,35 @@ def test_bits_of_y_are_those_of_a_gaussian_over_each_bin() -> None:
 
     expected = sum(-math.log2(cdf((v + 0.5) / s) - cdf((v - 0.5) / s)) for v, s in zip(y, scale))
     scales = m.scales(tf.constant(np.log(scale), tf.float32))
-    prior = tfc.NoisyNormal(loc=0.0, scale=tf.reshape(scales, (1, 1, 1, 4)))
-    found = model.bits(prior, tf.reshape(tf.constant(y, tf.float32), (1, 1, 1, 4)))
+    found = model.gaussian_bits(tf.reshape(tf.constant(y, tf.float32), (1, 1, 1, 4)), scales)
     np.testing.assert_allclose(found, [expected], rtol=1e-4)
 
 
 def test_a_badly_predicted_value_counts_what_a_file_pays_for_it_and_pulls_as_the_density_does() -> None:
-    prior = tfc.NoisyNormal(loc=0.0, scale=tf.constant(0.5))
-    for value, capped in ((1.0, False), (9.0, True)):
-        y = tf.Variable([[[[value]]]])
+    m = model.ScaleHyperprior(SETTINGS)
+    for value, capped in ((1.0, False), (900.0, True)):
+        z = tf.Variable(tf.fill((1, 1, 1, SETTINGS.hyper_channels), value))
         with tf.GradientTape(persistent=True) as tape:
-            found, density = model.bits(prior, y), prior.log_prob(y) / -math.log(2)
-        assert float(found[0]) == (model.MAX_BITS if capped else float(density))
-        assert float(tape.gradient(found, y)) == float(tape.gradient(density, y)) != 0
+            found, density = model.bits(m.prior, z), tf.reduce_sum(m.prior.log_prob(z)) / -math.log(2)
+        most = model.MAX_BITS * SETTINGS.hyper_channels
+        assert float(found[0]) == (most if capped else pytest.approx(float(density)))
+        assert np.array_equal(tape.gradient(found, z), tape.gradient(density, z)) and float(density) > 0
+
+
+def test_gaussian_bits_and_their_gradient_are_tfcs() -> None:
+    values, scales = np.meshgrid([0.0, 0.3, -1.2, 4.4, -9.5, 30.0, -300.0], np.geomspace(0.11, 256, 30))
+    y = tf.Variable(values.reshape(1, 7, 30, 1), dtype=tf.float32)
+    scale = tf.Variable(scales.reshape(1, 7, 30, 1), dtype=tf.float32)
+    with tf.GradientTape(persistent=True) as tape:
+        ours = model.gaussian_bits(y, scale)
+        each = tfc.NoisyNormal(loc=0.0, scale=scale).log_prob(y) / -math.log(2)
+        theirs = tf.reduce_sum(each)
+    np.testing.assert_allclose(ours, [np.minimum(each, model.MAX_BITS).sum()], rtol=1e-5)
+    for variable in (y, scale):
+        mine, other = (tape.gradient(bits, variable).numpy() for bits in (ours, theirs))
+        near = each.numpy() < 90  # beyond, the mass has underflowed
+        np.testing.assert_allclose(mine[near], other[near], rtol=2e-3, atol=2e-4)
+        np.testing.assert_allclose(mine[~near], other[~near], rtol=1e-2)
 
 
 def test_scales_stay_in_the_table_and_can_return() -> None:
