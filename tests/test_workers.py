@@ -134,16 +134,17 @@ def test_two_workers_train_like_one_stop_together_and_continue_as_one(
 def test_a_stop_is_heard_within_a_call_of_many_steps(tmp_path: Path, arguments: list[object]) -> None:
     for count in (1, 2):
         run = tmp_path / f"r{count}"
-        intervals = ["train.steps_per_call=1000", "train.validate_every=null", "summaries.scalars_every=5000"]
+        intervals = ["train.steps_per_call=400", "train.validate_every=null", "summaries.scalars_every=400"]
         intervals += ["train.steps=5000", "train.checkpoint_every=5000", "--run", run.name]
         workers = start(tmp_path, count, *arguments, *intervals)
-        time.sleep(25)
+        wait_for(run, 1, workers[0])  # the first call is over
+        time.sleep(1)
         began = time.monotonic()
         for worker in workers:
             worker.send_signal(signal.SIGTERM)
         assert [code for code, _ in ends(workers)] == [75] * count
         assert time.monotonic() - began < 10
-        assert newest(run)[1]["run"]["step"] % 1000 > 0  # type: ignore[index]
+        assert newest(run)[1]["run"]["step"] % 400 > 0  # type: ignore[index]
 
 
 def test_nan_on_one_worker_stops_all_before_it_reaches_anything_and_can_be_skipped(
