@@ -71,6 +71,8 @@ def make_train_steps(
         places = first + tf.range(world.replica_batch, dtype=tf.int64)
         scale = tf.identity(optimizer.loss_scale)
         gradients, metrics = forward_backward(images[index], step, places, scale)
+        # Once the function is inlined only the values it gives, not its call, can be waited for.
+        gradients = [tf.identity(gradient) for gradient in gradients]
         with tf.control_dependencies([*gradients, metrics]):
             began, asked = tf.timestamp(), stop.read_value()
         told = tf.concat([metrics, asked[None], inputs[index]], axis=0)
