@@ -295,12 +295,14 @@ def test_a_shard_truncated_in_mid_run_is_counted_alike_on_every_worker(
             os.truncate(path, 3000)
         ended = ends(found)
         assert [found for found, _ in ended] == [code, code], ended
-        told = [sorted({row for row in said.splitlines() if "skipped" in row}) for _, said in ended]
+        told = [sorted({row for row in said.splitlines() if row.startswith("warning: ")}) for _, said in ended]
         assert told[0] == told[1] and any("s0.tar: s0_" in row and "it was longer" in row for row in told[0])
         named = {row["sample"] for row in lines(run, "skipped")}
         assert len(named) == len(told[0])
         if code:
-            assert all("11 of " in said and "samples are unusable" in said for _, said in ended), ended
+            # Which comes first depends on how many of the shards had been indexed when they were cut.
+            kinds = ("samples are unusable", "visits of shards met one that cannot be read")
+            assert any(all(kind in said for _, said in ended) for kind in kinds), ended
 
 
 # Slow -----------------------------------------------------------------------------------------------------
