@@ -109,7 +109,7 @@ def make_train_steps(
             done, _, failed, totals, met, waited = so_far
             result = world.strategy.run(replica_step, (images, inputs, done, step + tf.cast(done, tf.int64)))
             stopped, failing, metrics, now_met, now_waited = (world.first(value) for value in result)
-            failed = tf.where(failing & ~stopped, failed + 1, tf.where(stopped, failed, 0))
+            failed = tf.where(stopped, failed, tf.where(failing, failed + 1, 0))
             counts = ~stopped & (failed < limit)
             return Steps(
                 done + tf.cast(counts, tf.int32),

@@ -433,17 +433,14 @@ class Trainer:
                     self.name(stream.Skip(*skip))
         state.sums = (np.array(state.sums or 0.0) + metrics).tolist()
         track.update(state.step)
-        self.judge("bad", "samples", state.samples, BAD_JUDGED_OVER)
-        self.judge("lost", "visits", state.visits, LOST_JUDGED_OVER)
+        self.judge(state.bad, state.samples, BAD_JUDGED_OVER, "samples are unusable")
+        self.judge(state.lost, state.visits, LOST_JUDGED_OVER, "shards that were begun could not be read to their end")
         return bool(result.stopped)
 
-    def judge(self, kind: str, of: str, seen: int, at_least: int) -> None:
+    def judge(self, found: int, seen: int, at_least: int, what: str) -> None:
         """Raises DataError if too large a share of the input cannot be used: on all workers alike."""
-        found, share = getattr(self.state, kind), self.settings.data.max_bad_fraction
+        share = self.settings.data.max_bad_fraction
         if found > share * max(seen, at_least):
-            what = (
-                "samples are unusable" if of == "samples" else "shards that were begun could not be read to their end"
-            )
             raise DataError(
                 f"{found} of {seen} {what}, more than data.max_bad_fraction={share} (judged over at least "
                 f"{at_least}); {self.run / 'metrics.jsonl'} names each, `hyperprior inspect` finds them all"
@@ -516,10 +513,8 @@ class Trainer:
         z_offset = self.model.z_offset()
         totals = np.zeros(len(steps.EVAL_METRICS))
         batches = stream.eval_batches(source, settings.data, world.lanes(batch_size), batch_size, self.min_side)
-        number = -(-source.images // batch_size)
         with contextlib.closing(batches):
-            for _ in range(number):
-                found = self.next_evaluated(batches, len(world.lanes(batch_size)))
+            while found := self.next_evaluated(batches, len(world.lanes(batch_size))):
                 groups = [found[i : i + each] for i in range(0, len(found), each)]
                 images = world.place([np.stack([place.image for place in group]) for group in groups])
                 weights = world.place([np.array([place.weight for place in group], np.float32) for group in groups])
@@ -534,9 +529,9 @@ class Trainer:
         return steps.means(totals)
 
     def next_evaluated(self, batches: Iterator[list[stream.EvalImage]], count: int) -> list[stream.EvalImage]:
-        """The next of `batches`; where that fails blank places, in whose step all workers stop."""
+        """The next of `batches`, or none; where that fails blank places, in whose step all workers stop."""
         try:
-            return next(batches)
+            return next(batches, [])
         except HyperpriorError as error:
             self.error = error
             self.stop.ask()

@@ -301,7 +301,7 @@ def test_a_shard_truncated_in_mid_run_is_counted_alike_on_every_worker(
         assert len(named) == len(told[0])
         if code:
             # Which comes first depends on how many of the shards had been indexed when they were cut.
-            kinds = ("samples are unusable", "visits of shards met one that cannot be read")
+            kinds = ("samples are unusable", "shards that were begun could not be read to their end")
             assert any(all(kind in said for _, said in ended) for kind in kinds), ended
 
 
