@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path) -> Codec:
-    """The codec of a model directory, or of a run that was exported.
+    """The codec of a model in the box (q1, q2, …), of what `hyperprior export` wrote, or of a run that was exported.
 
     `codec.compress(image)` gives the bytes of a `.hyp` file for an [H, W, 3] uint8 image,
     `codec.decompress(data)` the image. Raises errors.ConfigError if there is no model, errors.DataError if it

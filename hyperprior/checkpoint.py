@@ -1,6 +1,6 @@
 """Run state on disk: a checkpoint is one file, complete or absent.
 
-A checkpoint is an uncompressed `.npz`: every variable under its stable name, and the rest of the run's
+A checkpoint is an `.npz`: every variable under its stable name, and the rest of the run's
 state (step, cursors, best, patience, config, environment) as JSON under `state`. It is written aside, read
 back against the zip format's CRC-32 of every entry, and renamed.
 """
@@ -39,11 +39,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}.npz"
 
 
-def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+def save(path: Path, arrays: dict[str, np.ndarray], state: dict[str, Any], *, compressed: bool = False) -> None:
     """Writes a checkpoint. Raises StorageError; `path` then holds what it held before."""
     text = json.dumps({"format": FORMAT, "arrays": list(arrays), **state}).encode()
     buffer = io.BytesIO()  # numpy complains later, from nowhere, about a file that fails under it
-    np.savez(buffer, state=np.frombuffer(text, np.uint8), **arrays)
+    (np.savez_compressed if compressed else np.savez)(buffer, state=np.frombuffer(text, np.uint8), **arrays)
     write_whole(path, lambda file: file.write(buffer.getbuffer()), check=verify)
 
 

@@ -22,7 +22,8 @@ Overrides = Annotated[
     Optional[list[str]], typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace those of CONFIG.")
 ]
 Model = Annotated[
-    Optional[str], typer.Option(help="A run, or what `hyperprior export` wrote. Default: $HYPERPRIOR_MODEL.")
+    Optional[str],
+    typer.Option(help="A run, what `hyperprior export` wrote, or a model in the box. Default: $HYPERPRIOR_MODEL."),
 ]
 Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
@@ -88,7 +89,10 @@ def train(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
-    out: Annotated[Optional[Path], typer.Option(help="The model directory. Default: RUN/model.")] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(help="The model directory, or with .npz one file with float16 weights. Default: RUN/model."),
+    ] = None,
 ) -> None:
     """Make a codec of a run's best weights. Training ends with it; do it by hand for a run that goes on.
 
@@ -104,6 +108,9 @@ def export(
 def compress(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Images, directories, or - for stdin.")],
     model: Model = None,
+    quality: Annotated[
+        Optional[int], typer.Option(help="A model in the box: 1 is smallest. Default: 3, unless a model is named.")
+    ] = None,
     out: Out = None,
     force: Force = False,
     verify: Annotated[bool, typer.Option("--verify", help="Decode too, and tell PSNR and MS-SSIM.")] = False,
@@ -111,12 +118,13 @@ def compress(
 ) -> None:
     """Compress images to .hyp files.
 
-    Example: `hyperprior compress photos/ --model runs/a -o compressed/`
+    Examples: `hyperprior compress photo.jpg`, `hyperprior compress photos/ --model runs/a -o compressed/`
     """
-    from hyperprior import files
+    from hyperprior import files, models
     from hyperprior.terminal import Terminal
 
-    files.compress(images, model, out, force, verify, Terminal(quiet, to_stderr="-" in (out, *images)))
+    terminal = Terminal(quiet, to_stderr="-" in (out, *images))
+    files.compress(images, models.chosen(model, quality), out, force, verify, terminal)
 
 
 @app.command()
@@ -133,7 +141,9 @@ def decompress(
 ) -> None:
     """Decompress .hyp files to PNG, or another format by its extension.
 
-    Example: `hyperprior decompress compressed/ --model runs/a -o decoded/`
+    Files that the models in the box wrote need no --model.
+
+    Example: `hyperprior decompress compressed/ -o decoded/`
     """
     from hyperprior import files
     from hyperprior.terminal import Terminal

@@ -19,12 +19,9 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_compression as tfc
 
-from hyperprior import checkpoint, config, container, entropy, exact, model
+from hyperprior import checkpoint, config, container, entropy, exact, model, models
 from hyperprior.config import DOWNSAMPLING
-from hyperprior.errors import BitstreamError, ConfigError, DataError
-
-FORMAT = "model 1"
-WEIGHTS = "model.npz"
+from hyperprior.errors import BitstreamError, DataError
 
 # One element of y stands for 16 x 16 pixels, one of z for 4 x 4 elements of y.
 Y_PIXELS, Z_ELEMENTS = 16, 4
@@ -308,18 +305,14 @@ def fingerprint(arrays: dict[str, np.ndarray]) -> str:
 
 
 def load(path: str | Path) -> Codec:
-    """The codec in a model directory, or in a run directory's `model`.
+    """The codec of a model as `models.find` finds it.
 
     Raises ConfigError if there is none, DataError if it is damaged.
     """
-    path = Path(path)
-    folder = path if (path / WEIGHTS).exists() else path / "model"
-    if not (folder / WEIGHTS).exists():
-        raise ConfigError(
-            f"{path} holds no exported model ({WEIGHTS}); `hyperprior export RUN` makes one from a trained run"
-        )
+    file = models.find(path)
+    folder = file.parent if file.name == models.WEIGHTS else file
     try:
-        arrays, state = checkpoint.load(folder / WEIGHTS, expected=FORMAT)
+        arrays, state = checkpoint.load(file, expected=models.FORMAT)
         codec = Codec(arrays, config.validate(state["config"], str(folder)), state["info"], str(folder))
     except ValueError as error:
         raise DataError(f"model {error}; export it again") from error

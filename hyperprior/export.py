@@ -20,13 +20,13 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, codec, config, entropy, exact, serving, stream
+from hyperprior import checkpoint, codec, config, entropy, exact, models, serving, stream
 from hyperprior.codec import Codec
 from hyperprior.errors import ConfigError, DataError, StorageError
 from hyperprior.model import ScaleHyperprior, pad
 from hyperprior.terminal import Terminal
 
-CONTENTS = (codec.WEIGHTS, "model.json", "saved_model")
+CONTENTS = (models.WEIGHTS, "model.json", "saved_model")
 COST_IMAGES = 8
 
 
@@ -42,9 +42,13 @@ class Trained:
 def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
     """Writes the model directory of a run, by default RUN/model, and returns its path.
 
-    Raises ConfigError if the run holds no checkpoint or cannot be made exact, StorageError if it cannot be
-    written; what `out` held is then still there. Does nothing where `out` is this run's export already.
+    An `out` that ends in .npz becomes one file, half as large: weights rounded to float16, compressed, and
+    nothing for serving. Raises ConfigError if the run holds no checkpoint or cannot be made exact, StorageError
+    if it cannot be written; what `out` held is then still there. Does nothing where `out` is this run's export
+    already.
     """
+    if out and out.suffix == ".npz":
+        return export_file(run, out, terminal)
     out = out or run / "model"
     if out.is_symlink() or not out.name:
         out = out.resolve()
@@ -58,24 +62,13 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
             terminal.say(f"model    {out}, {done.fingerprint}: exported already")
             return out
 
-    model = ScaleHyperprior(trained.settings.model)
-    checkpoint.assign(model.named_variables(), trained.arrays, str(run))
-    arrays = constants(model, trained)
-    info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": hyperprior.__version__}
-    made = Codec(arrays, trained.settings, info, str(out))
-    info["exactness"] = cost(model, made)
-    description = {
-        "format": codec.FORMAT,
-        "fingerprint": made.fingerprint,
-        "info": info,
-        "config": trained.settings.to_dict(),
-    }
+    made, arrays, description = make(trained, weights, str(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
         try:
             aside, old = folder / "new", folder / "old"
-            checkpoint.save(aside / codec.WEIGHTS, arrays, description)
+            checkpoint.save(aside / models.WEIGHTS, arrays, description)
             checkpoint.write_text(aside / "model.json", json.dumps(description, indent=2) + "\n")
             serving.save(made, aside / "saved_model")
             if out.exists():
@@ -90,9 +83,45 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, tf.errors.OpError) as error:
         raise StorageError(f"{out} cannot be written: {error}") from error
-    terminal.say(f"model    {out}, {made.fingerprint}, weights of step {trained.step}")
-    terminal.say(f"         {describe_cost(info['exactness'])}")
+    tell(out, description, terminal)
     return out
+
+
+def export_file(run: Path, out: Path, terminal: Terminal) -> Path:
+    trained = best_weights(run, terminal)
+    weights = codec.fingerprint(trained.arrays)
+    short = {name: array.astype(np.float16) for name, array in trained.arrays.items()}
+    rounded = dataclasses.replace(trained, arrays={name: a.astype(np.float32) for name, a in short.items()})
+    _, arrays, description = make(rounded, weights, str(out), short)
+    checkpoint.save(out, arrays, description, compressed=True)
+    tell(out, description, terminal)
+    return out
+
+
+def make(
+    trained: Trained, weights: str, origin: str, stored: Optional[dict[str, np.ndarray]] = None
+) -> tuple[Codec, dict[str, np.ndarray], dict[str, Any]]:
+    """(codec, its arrays, their description); `stored`: the weights in the types in which they are kept."""
+    model = ScaleHyperprior(trained.settings.model)
+    checkpoint.assign(model.named_variables(), trained.arrays, origin)
+    arrays = constants(model, trained)
+    # Of h_s only the integers are kept.
+    arrays |= {name: array for name, array in (stored or {}).items() if not name.startswith("h_s/")}
+    info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": hyperprior.__version__}
+    made = Codec(arrays, trained.settings, info, origin)
+    info["exactness"] = cost(model, made)
+    description = {
+        "format": models.FORMAT,
+        "fingerprint": made.fingerprint,
+        "info": info,
+        "config": trained.settings.to_dict(),
+    }
+    return made, arrays, description
+
+
+def tell(out: Path, description: dict[str, Any], terminal: Terminal) -> None:
+    terminal.say(f"model    {out}, {description['fingerprint']}, weights of step {description['info']['step']}")
+    terminal.say(f"         {describe_cost(description['info']['exactness'])}")
 
 
 def best_weights(run: Path, terminal: Terminal) -> Trained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 from PIL import Image
 
-from hyperprior import checkpoint, container, images, load
+from hyperprior import checkpoint, container, images, load, models
 from hyperprior.errors import ConfigError, DataError, HyperpriorError, StorageError
 from hyperprior.terminal import Terminal
 
@@ -143,10 +144,10 @@ def to_stdout(data: bytes) -> None:
 
 
 def compress(
-    sources: Sequence[str], model: Optional[str], out: Optional[str], force: bool, verify: bool, terminal: Terminal
+    sources: Sequence[str], model: str, out: Optional[str], force: bool, verify: bool, terminal: Terminal
 ) -> None:
     jobs = plan(sources, out, IMAGE_SUFFIXES, SUFFIX, force)
-    codec = open_model(model)
+    codec = load(model)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, str]:
         image, notes = images.photograph(data)
@@ -181,9 +182,10 @@ def decompress(
     for job in jobs:
         if known.get(ending(job)) not in Image.SAVE:
             raise ConfigError(f"{job.target}: Pillow writes no `{ending(job)}`; .png, .jpg, .webp and .tif are common")
-    codec = open_model(model)
+    codec_of = reader(model)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, str]:
+        codec = codec_of(data)
         began = time.perf_counter()
         pixels = codec.decompress(data, max_pixels or container.MAX_PIXELS)
         seconds = time.perf_counter() - began
@@ -198,14 +200,23 @@ def decompress(
     run(jobs, "decompressing", convert, terminal)
 
 
-def open_model(model: Optional[str]) -> Codec:
-    """The codec that --model or HYPERPRIOR_MODEL names. Raises ConfigError."""
-    model = model or os.environ.get("HYPERPRIOR_MODEL")
-    if not model:
+def reader(model: Optional[str]) -> Callable[[bytes], Codec]:
+    """f(file) → the codec to read it with: what --model or HYPERPRIOR_MODEL names, else the file's own from the box."""
+    if model := model or os.environ.get("HYPERPRIOR_MODEL"):
+        codec = load(model)
+        return lambda data: codec
+    opened = functools.lru_cache(maxsize=None)(load)
+
+    def of_file(data: bytes) -> Codec:
+        fingerprint = container.read(data, max_pixels=2**32).fingerprint.hex()
+        if name := models.of_fingerprint(fingerprint):
+            return opened(name)
         raise ConfigError(
-            "no model: --model takes a run or what `hyperprior export` wrote; HYPERPRIOR_MODEL sets a default"
+            f"written with model {fingerprint}, which is not in the box; --model takes its run or what "
+            f"`hyperprior export` wrote, HYPERPRIOR_MODEL sets a default"
         )
-    return load(model)
+
+    return of_file
 
 
 def describe(num_bytes: int, height: int, width: int) -> str:
@@ -230,7 +241,7 @@ def info(path: Path, model: Optional[str]) -> dict[str, Any]:
 
     Raises ConfigError if it is none of them, DataError if it is damaged.
     """
-    if path.is_file():
+    if path.is_file() and path.suffix != ".npz":
         data = path.read_bytes()
         stream = container.read(data, max_pixels=2**32)
         found = {
@@ -245,38 +256,23 @@ def info(path: Path, model: Optional[str]) -> dict[str, Any]:
             "escapes": len(stream.escapes),
             "checksum": f"{stream.checksum:08x}",
         }
-        if model or (model := os.environ.get("HYPERPRIOR_MODEL")):
-            description = describe_model(Path(model))
+        if model := model or os.environ.get("HYPERPRIOR_MODEL") or models.of_fingerprint(str(found["model"])):
+            description = models.describe(model)
             found["fits"] = description["fingerprint"] == found["model"]
             found["given_model"] = f"{model}, {description['fingerprint']}"
         return found
-    if not path.is_dir():
-        raise ConfigError(f"{path} does not exist")
     if not (path / "checkpoints").is_dir():
-        return {"kind": "model", **describe_model(path)}
+        return {"kind": "model", **models.describe(path)}
     newest = checkpoint.load_newest(path / "checkpoints", lambda text: None)
     if newest is None:
         raise ConfigError(f"{path} holds no checkpoint yet")
     state = newest[1]["run"]
     found = {"kind": "run", "step": state["step"], "best_step": state["best_step"], "best_loss": state["best_loss"]}
     with contextlib.suppress(ConfigError):
-        found["exported"] = describe_model(path)
+        found["exported"] = models.describe(path)
     with contextlib.suppress(OSError, ValueError):
         found["result"] = json.loads((path / "results.json").read_text())
     return found
-
-
-def describe_model(path: Path) -> dict[str, Any]:
-    """The description that export wrote: fingerprint, dimensions, lambda, step, cost of exactness."""
-    folder = path if (path / "model.json").is_file() else path / "model"
-    try:
-        description = json.loads((folder / "model.json").read_text())
-        found = {"fingerprint": description["fingerprint"], "format": description["format"]}
-        return {**found, **description["config"]["model"], **description["config"]["loss"], **description["info"]}
-    except FileNotFoundError:
-        raise ConfigError(f"{path} holds no exported model; `hyperprior export RUN` makes one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'model.json'} is damaged: {error}; export the model again") from error
 
 
 def lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:

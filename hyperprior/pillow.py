@@ -1,27 +1,29 @@
 """`import hyperprior.pillow` teaches Pillow the `.hyp` format.
 
     Image.open("photo.hyp")                 the size from the header; decoded when pixels are asked for
-    image.save("photo.hyp", model="MODEL")  a model directory, a run, or a Codec; pixels as `compress` takes them
+    image.save("photo.hyp", model="MODEL")  a name such as q3, a model, a run, or a Codec; pixels as `compress` takes
 
-Without `model` both use the one that the environment variable HYPERPRIOR_MODEL names.
+Without `model` both use the one that the environment variable HYPERPRIOR_MODEL names, else the models in the box.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import IO, Any, Optional
 
 from PIL import Image, ImageFile
 
-from hyperprior import container, files, images
+from hyperprior import container, files, images, load, models
 from hyperprior.errors import DataError
 
-cached = functools.lru_cache(maxsize=8)(files.open_model)
+cached = functools.lru_cache(maxsize=8)(load)
 
 
-def open_model(model: Any) -> Any:
-    return cached(str(model or os.environ.get("HYPERPRIOR_MODEL") or "") or None)
+@functools.lru_cache(maxsize=8)
+def reader(model: Optional[str]) -> Callable[[bytes], Any]:
+    return files.reader(model)
 
 
 class HypImageFile(ImageFile.ImageFile):
@@ -35,14 +37,14 @@ class HypImageFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         if self._data is not None:
-            self.im = Image.fromarray(open_model(None).decompress(self._data)).im
+            self.im = Image.fromarray(reader(os.environ.get("HYPERPRIOR_MODEL"))(self._data).decompress(self._data)).im
             self._data = None
         return super().load()
 
 
 def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     model: Any = image.encoderinfo.get("model")
-    codec = model if hasattr(model, "compress") else open_model(model)
+    codec = model if hasattr(model, "compress") else cached(models.chosen(model and str(model)))
     try:
         pixels = images.to_rgb(image)
     except images.Unusable as error:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from conftest import TINY, Command, encoded, photo
 from PIL import Image
 
 import hyperprior as package
-from hyperprior import checkpoint, codec, export, files, images, pillow
+from hyperprior import checkpoint, codec, export, files, images, models, pillow
 from hyperprior.codec import Codec
 from hyperprior.errors import BitstreamError, ConfigError, DataError, StorageError
 from hyperprior.terminal import Terminal
@@ -128,7 +129,10 @@ def test_a_model_that_cannot_be_replaced_stays(run: Path, tmp_path: Path, monkey
 
 
 def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no exported model"):
+    with pytest.raises(ConfigError, match="is no model"):
+        codec.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=f"holds no exported model; `hyperprior export {tmp_path}` makes one"):
         codec.load(tmp_path)
     shutil.copytree(run / "model", tmp_path / "model")
     path = tmp_path / "model" / "model.npz"
@@ -137,7 +141,7 @@ def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is damaged"):
         codec.load(tmp_path)
     path.write_bytes(whole)
-    arrays, state = checkpoint.load(path, expected=codec.FORMAT)
+    arrays, state = checkpoint.load(path, expected=models.FORMAT)
     arrays["g_s/0/bias"][0] += 1e-6
     checkpoint.save(path, arrays, state)
     with pytest.raises(DataError, match="its weights and tables have fingerprint"):
@@ -223,10 +227,49 @@ def test_a_wrong_file_leaves_nothing_behind(tmp_path: Path, model: Codec) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["x.hyp"]
 
 
-def test_no_model_is_an_error_that_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def box(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A box with the model `run` as q2, in one file, and no HYPERPRIOR_MODEL."""
+    folder = tmp_path / "box"
+    export.export(run, folder / "q2.npz", Terminal())
+    monkeypatch.setattr(models, "BOX", folder)
     monkeypatch.delenv("HYPERPRIOR_MODEL")
-    with pytest.raises(ConfigError, match="--model takes a run"):
-        files.open_model(None)
+    models.in_the_box.cache_clear()
+    yield folder
+    models.in_the_box.cache_clear()
+
+
+def test_a_model_in_one_file_is_small_and_codes_nearly_alike(box: Path, run: Path, model: Codec) -> None:
+    assert (box / "q2.npz").stat().st_size < 0.7 * (run / "model" / "model.npz").stat().st_size
+    small = package.load(box / "q2.npz")
+    for name, value in small._model.named_variables().items():  # rounded to float16, and nothing else
+        exact = model._model.named_variables()[name].numpy()
+        assert np.array_equal(value.numpy(), exact.astype(np.float16).astype(np.float32)), name
+    image = np.asarray(photo(4))
+    data = small.compress(image)
+    assert abs(len(data) - len(model.compress(image))) < 0.02 * len(data) + 8
+    assert small.fingerprint != model.fingerprint
+    with pytest.raises(BitstreamError, match="written with model"):
+        model.decompress(data)
+
+
+def test_models_in_the_box_go_by_quality_and_know_their_own_files(box: Path, run: Path, tmp_path: Path) -> None:
+    small = package.load("q2")
+    (tmp_path / "x.png").write_bytes(encoded(photo(4), "PNG"))
+    files.compress([str(tmp_path / "x.png")], models.chosen(None, 2), None, False, False, Terminal())
+    files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "y.png"), ".png", False, None, Terminal())
+    data = (tmp_path / "x.hyp").read_bytes()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), small.decompress(data))
+    assert files.info(tmp_path / "x.hyp", None)["given_model"] == f"q2, {small.fingerprint}"
+    with pytest.raises(ConfigError, match="--quality 9 is not in the box; q2 are"):
+        models.chosen(None, 9)
+    with pytest.raises(ConfigError, match="both given"):
+        models.chosen("runs/a", 2)
+    assert models.chosen("runs/a") == "runs/a"
+    (tmp_path / "x.hyp").write_bytes(package.load(run).compress(np.asarray(photo(4))))
+    with pytest.raises(ConfigError, match="not in the box; --model takes its run"):
+        files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "z.png"), ".png", False, None, Terminal())
+    assert not (tmp_path / "z.png").exists()
 
 
 def test_info_tells_files_models_and_runs_apart(hyperprior: Command, run: Path, model: Codec, tmp_path: Path) -> None:
@@ -241,7 +284,7 @@ def test_info_tells_files_models_and_runs_apart(hyperprior: Command, run: Path, 
     assert files.info(run / "model", None)["fingerprint"] == model.fingerprint
     of_run = files.info(run, None)
     assert of_run["step"] == 30 and of_run["exported"]["fingerprint"] == model.fingerprint
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="is no model"):
         files.info(tmp_path / "z", None)
 
 
