@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 from rich.table import Table
 
-from hyperprior import codec, export, model, steps, stream, train, transforms
+from hyperprior import checkpoint, codec, export, model, steps, stream, train, transforms
 from hyperprior.config import Config
 from hyperprior.distribute import World
 from hyperprior.lanes import Cursor
@@ -417,7 +417,7 @@ def bench_codec(settings: Config, world: World, repeats: int, terminal: Terminal
     """Compression of one image by a model of random weights, and where its time goes."""
     hyperprior = model.ScaleHyperprior(settings.model)
     arrays = {name: v.numpy() for name, v in hyperprior.named_variables().items()}
-    made = codec.Codec(export.constants(hyperprior, export.Trained(arrays, settings, 0)), settings, {}, "bench")
+    made = codec.Codec(export.constants(hyperprior, checkpoint.Trained(arrays, settings, 0)), settings, {}, "bench")
     small = np.random.default_rng(0).integers(0, 256, (PHOTO[0] // 8, PHOTO[1] // 8, 3), np.uint8)
     image = np.asarray(Image.fromarray(small).resize(PHOTO[::-1], Image.Resampling.BICUBIC))
     data = made.compress(image)

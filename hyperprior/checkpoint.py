@@ -8,6 +8,7 @@ back against the zip format's CRC-32 of every entry, and renamed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import io
@@ -20,6 +21,7 @@ from typing import IO, Any, Optional
 
 import numpy as np
 
+from hyperprior import config
 from hyperprior.errors import ConfigError, StorageError
 
 FORMAT = 1
@@ -133,6 +135,36 @@ def load_best(folder: Path, step: int) -> dict[str, np.ndarray]:
     if state["step"] != step:
         raise ValueError(f"{best_path(folder)} is of step {state['step']}, the run's best is of step {step}")
     return arrays
+
+
+@dataclasses.dataclass
+class Trained:
+    """The weights that a run ends with, by the model's names."""
+
+    arrays: dict[str, np.ndarray]
+    settings: config.Config
+    step: int
+
+
+def best_weights(run: Path, warn: Callable[[str], None]) -> Trained:
+    """The best weights by validation loss; without one the last, averaged if the run keeps an average."""
+    newest = load_newest(run / "checkpoints", warn) if run.is_dir() else None
+    if newest is None:
+        raise ConfigError(f"{run} holds no run with a checkpoint; `hyperprior train CONFIG --run {run}` makes one")
+    arrays, state = newest
+    settings = config.validate(state["config"], str(run))
+    if state["run"]["best_loss"] is not None:
+        step = state["run"]["best_step"]
+        try:
+            return Trained(strip("model/", load_best(run / "checkpoints", step)), settings, step)
+        except ValueError as error:
+            warn(f"{error}; the last weights are used instead of the best")
+    last = {**strip("model/", arrays), **strip("optimizer/average/", arrays)}
+    return Trained(last, settings, state["run"]["step"])
+
+
+def strip(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def keep_last(folder: Path, count: int) -> None:

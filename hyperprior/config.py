@@ -163,6 +163,12 @@ class Train(Section):
     batch_size: int = field(16, "global batch size: patches per step over all replicas", ge=1)
     steps: Optional[int] = field(None, "length in steps", may_change=True, ge=1)
     epochs: Optional[int] = field(None, "length in epochs, instead of steps (default: 100)", may_change=True, ge=1)
+    initial: Literal["wavelet", "random"] = field(
+        "wavelet", "weights to start from: g_a as a wavelet packet of the image and g_s as its inverse, or random ones"
+    )
+    start_from: Optional[str] = field(
+        None, "start from the best weights of this run of the same dimensions instead, whatever its loss was"
+    )
     learning_rate: float = field(1e-4, "Adam's peak learning rate", may_change=True, gt=0)
     schedule: Literal["constant", "cosine", "steps"] = field(
         "constant",

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, codec, config, entropy, exact, models, serving, stream
+from hyperprior import checkpoint, codec, entropy, exact, models, serving, stream
 from hyperprior.codec import Codec
 from hyperprior.errors import ConfigError, DataError, StorageError
 from hyperprior.model import ScaleHyperprior, pad
@@ -28,15 +28,6 @@ from hyperprior.terminal import Terminal
 
 CONTENTS = (models.WEIGHTS, "model.json", "saved_model")
 COST_IMAGES = 8
-
-
-@dataclasses.dataclass
-class Trained:
-    """The weights that a run ends with, by the model's names."""
-
-    arrays: dict[str, np.ndarray]
-    settings: config.Config
-    step: int
 
 
 def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
@@ -54,7 +45,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         out = out.resolve()
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(CONTENTS)):
         raise ConfigError(f"{out} exists and holds more than an exported model; choose another --out")
-    trained = best_weights(run, terminal)
+    trained = checkpoint.best_weights(run, terminal.warn)
     weights = codec.fingerprint(trained.arrays)
     with contextlib.suppress(ConfigError, DataError):
         whole = (out / "model.json").is_file() and (out / "saved_model" / "saved_model.pb").is_file()
@@ -88,7 +79,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
 
 
 def export_file(run: Path, out: Path, terminal: Terminal) -> Path:
-    trained = best_weights(run, terminal)
+    trained = checkpoint.best_weights(run, terminal.warn)
     weights = codec.fingerprint(trained.arrays)
     short = {name: array.astype(np.float16) for name, array in trained.arrays.items()}
     rounded = dataclasses.replace(trained, arrays={name: a.astype(np.float32) for name, a in short.items()})
@@ -99,7 +90,7 @@ def export_file(run: Path, out: Path, terminal: Terminal) -> Path:
 
 
 def make(
-    trained: Trained, weights: str, origin: str, stored: Optional[dict[str, np.ndarray]] = None
+    trained: checkpoint.Trained, weights: str, origin: str, stored: Optional[dict[str, np.ndarray]] = None
 ) -> tuple[Codec, dict[str, np.ndarray], dict[str, Any]]:
     """(codec, its arrays, their description); `stored`: the weights in the types in which they are kept."""
     model = ScaleHyperprior(trained.settings.model)
@@ -124,28 +115,7 @@ def tell(out: Path, description: dict[str, Any], terminal: Terminal) -> None:
     terminal.say(f"         {describe_cost(description['info']['exactness'])}")
 
 
-def best_weights(run: Path, terminal: Terminal) -> Trained:
-    """The best weights by validation loss; without one the last, averaged if the run keeps an average."""
-    newest = checkpoint.load_newest(run / "checkpoints", terminal.warn) if run.is_dir() else None
-    if newest is None:
-        raise ConfigError(f"{run} holds no run with a checkpoint; `hyperprior train CONFIG --run {run}` makes one")
-    arrays, state = newest
-    settings = config.validate(state["config"], str(run))
-    if state["run"]["best_loss"] is not None:
-        step = state["run"]["best_step"]
-        try:
-            return Trained(strip("model/", checkpoint.load_best(run / "checkpoints", step)), settings, step)
-        except ValueError as error:
-            terminal.warn(f"{error}; the last weights are exported instead of the best")
-    last = {**strip("model/", arrays), **strip("optimizer/average/", arrays)}
-    return Trained(last, settings, state["run"]["step"])
-
-
-def strip(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def constants(model: ScaleHyperprior, trained: Trained) -> dict[str, np.ndarray]:
+def constants(model: ScaleHyperprior, trained: checkpoint.Trained) -> dict[str, np.ndarray]:
     """Everything that `Codec` is made of. Raises ConfigError where weights are not finite or too large."""
     for name, array in trained.arrays.items():
         if not np.isfinite(array).all():

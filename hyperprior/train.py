@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, lanes, rd, steps, stream, summaries
+from hyperprior import checkpoint, initial, lanes, rd, steps, stream, summaries
 from hyperprior.config import DOWNSAMPLING, Config, differences, render, validate
 from hyperprior.distribute import World
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, LostWorker, Stopped
@@ -130,6 +130,9 @@ class Trainer:
             tf.random.set_seed(lanes.draw(settings.seed, "init") % 2**31)
             dtype = settings.train.precision.replace("mixed_", "")
             self.model = ScaleHyperprior(settings.model, dtype)
+        if not saved:
+            world.together(self.start)
+        with world.strategy.scope():
             self.optimizer = Optimizer(self.model.named_variables(), settings.train, self.total)
         self.variables = {
             **{f"model/{name}": v for name, v in self.model.named_variables().items()},
@@ -192,6 +195,16 @@ class Trainer:
                     f"{key} was {was} and is now {now}: the weights will not be bit-identical to "
                     f"those of an uninterrupted run"
                 )
+
+    def start(self) -> None:
+        """The weights of a new run. Raises ConfigError if train.start_from has none that fit."""
+        settings = self.settings.train
+        if settings.start_from:
+            origin = Path(settings.start_from)
+            trained = checkpoint.best_weights(origin, self.terminal.warn)
+            checkpoint.assign(self.model.named_variables(), trained.arrays, f"train.start_from: {origin}")
+        elif settings.initial == "wavelet":
+            initial.start_as_wavelets(self.model, self.settings.loss)
 
     def check_best(self) -> None:
         """Forgets a best that another course of this run left behind after the checkpoint it resumes from."""

@@ -16,6 +16,8 @@ Layer = Callable[[tf.Tensor], tf.Tensor]
 # first steps overshoot.
 LATENT_GAIN = 4.0
 
+GDN_GAMMA = 0.1  # of each channel for itself, at first
+
 # GDN's outer layers, forward and backward, take 0.8 of the time that they take in one piece.
 PIECE_BYTES, MAX_PIECES = 2**18, 64
 
@@ -68,7 +70,7 @@ class GDN(tf.Module):
     def __init__(self, channels: int, *, inverse: bool = False):
         super().__init__()
         self.beta = tfc.GDNParameter(tf.ones(channels), name="beta", minimum=1e-6)
-        self.gamma = tfc.GDNParameter(0.1 * tf.eye(channels), name="gamma")
+        self.gamma = tfc.GDNParameter(GDN_GAMMA * tf.eye(channels), name="gamma")
         self.inverse = inverse
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:

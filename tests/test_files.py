@@ -86,10 +86,10 @@ def test_the_last_average_is_exported_where_there_is_no_best(tmp_path: Path, run
     arrays["optimizer/average/g_a/0/bias"] = arrays[name] + 1.0
     state["run"]["best_loss"] = None
     checkpoint.save(tmp_path / "checkpoints" / "step-000000001.npz", arrays, state)
-    assert np.array_equal(export.best_weights(tmp_path, Terminal()).arrays["g_a/0/bias"], arrays[name] + 1.0)
+    assert np.array_equal(checkpoint.best_weights(tmp_path, Terminal().warn).arrays["g_a/0/bias"], arrays[name] + 1.0)
     arrays.pop("optimizer/average/g_a/0/bias")
     checkpoint.save(tmp_path / "checkpoints" / "step-000000002.npz", arrays, state)
-    assert np.array_equal(export.best_weights(tmp_path, Terminal()).arrays["g_a/0/bias"], arrays[name])
+    assert np.array_equal(checkpoint.best_weights(tmp_path, Terminal().warn).arrays["g_a/0/bias"], arrays[name])
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_touched(tmp_path: Path, run: Path) -> None:

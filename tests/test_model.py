@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_compression as tfc
 
-from hyperprior import config, model, rd, steps, transforms
+from hyperprior import config, initial, model, rd, steps, transforms
 from hyperprior.distribute import World
 from hyperprior.optimizer import Optimizer
 
@@ -107,6 +107,41 @@ def test_the_transforms_have_the_papers_shapes() -> None:
     z = m.h_a(tf.abs(y))
     assert ((8, 12, 12), (2, 3, 6)) == m.latent_shapes(128, 192) == (tuple(y.shape[1:]), tuple(z.shape[1:]))
     assert m.h_s(z).shape == y.shape and m.g_s(y).shape == x.shape
+
+
+def test_the_wavelet_start_is_orthonormal_and_the_synthesis_its_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SPARE": 0.0, "BESIDE": 0.0, "GAMMA": 1e-12}.items():
+        monkeypatch.setattr(initial, name, value)
+    # As many channels as a block of 16 x 16 has values: nothing is lost.
+    whole = model.ScaleHyperprior(config.Model(num_filters=192, latent_channels=768, hyper_channels=8))
+    loss = config.Loss.model_validate({"lambda": 0.05})
+    initial.start_as_wavelets(whole, loss)
+    x = tf.random.stateless_uniform((1, 64, 64, 3), (1, 2))
+    y = whole.g_a(x)
+    energy = initial.latent_gain(loss) ** 2 * float(tf.reduce_sum(tf.square(x - 0.5)))
+    assert float(tf.reduce_sum(tf.square(y))) == pytest.approx(energy, rel=1e-4)
+    assert float(tf.reduce_max(tf.abs(whole.g_s(y) - x))) < 1e-4
+    # Each channel's picture has as many half periods down and across as its band says, and its colour.
+    bands = [initial.Band(colour) for colour in range(3)]
+    for _ in range(4):
+        bands = [child.band for child in initial.halve(bands, 768)]
+    for channel in (0, 1, 2, 5, 9, 17, 40, 100, 767):
+        picture = (whole.g_s(tf.one_hot([[[channel]]], 768)) - whole.g_s(tf.zeros((1, 1, 1, 768))))[0].numpy()
+        plane = picture @ initial.COLOURS[bands[channel].colour]
+        assert np.count_nonzero(np.diff(np.sign(plane[:, 0]))) == bands[channel].down
+        assert np.count_nonzero(np.diff(np.sign(plane[0]))) == bands[channel].across
+        assert np.sum(np.square(plane)) == pytest.approx(np.sum(np.square(picture)), rel=1e-3)
+
+
+def test_the_wavelet_start_codes_photographs_before_it_is_trained() -> None:
+    x, psnr = images(3, 2, 128, 128), {}
+    for start in ("random", "wavelet"):
+        tf.random.set_seed(0)
+        small = model.ScaleHyperprior(SETTINGS)
+        if start == "wavelet":
+            initial.start_as_wavelets(small, config.Loss.model_validate({}))
+        psnr[start] = float(tf.reduce_mean(rd.psnr_db(rd.mse(x, small.round(x, small.z_offset()).x_hat))))
+    assert psnr["wavelet"] > max(psnr["random"], 12.0) + 8.0, psnr
 
 
 def test_low_precision_stays_inside_the_transforms() -> None:

@@ -251,6 +251,25 @@ def test_early_stopping_restores_the_best_weights(
     assert "is done" in hyperprior(*arguments).stdout
 
 
+def test_a_run_starts_from_the_best_weights_of_another(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [empty_config, *TINY, f"data.train=[{flat_tar}]", f"data.val=[{flat_tar}]", "train.steps=4"]
+    arguments += ["train.checkpoint_every=1", "train.validate_every=2", "train.keep_checkpoints=9"]
+    hyperprior("train", *arguments, "--run", "first")
+    later = [*arguments, "loss.lambda=0.05", "train.learning_rate=1e-30", "train.ema=0.5", "train.start_from=first"]
+    hyperprior("train", *later, "--run", "second")
+    best = checkpoint.best_weights(tmp_path / "first", print).arrays
+    found = newest(tmp_path / "second")[0]
+    for name, array in best.items():
+        assert np.array_equal(found[f"model/{name}"], array), name
+        assert np.allclose(found[f"optimizer/average/{name}"], array, rtol=1e-6), name
+    refused = hyperprior("train", *later, "model.num_filters=16", "--run", "third", check=2).stderr
+    assert "train.start_from: first: `g_a/0/bias` has shape (8,); this config expects (16,)" in refused
+    refused = hyperprior("train", *later, "train.start_from=nowhere", "--run", "third", check=2).stderr
+    assert "nowhere holds no run with a checkpoint" in refused
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -273,6 +292,7 @@ def test_every_way_of_training_learns(
         f"data.train=[{path}]",
         f"data.val=[{path}]",
         "train.learning_rate=3e-3",
+        "train.initial=random",
         *([] if "train.epochs=2" in options else ["train.steps=6"]),
         *options,
         "--run",
