@@ -87,6 +87,51 @@ def train(
 
 
 @app.command()
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the runs. Default: runs/NAME-OF-CONFIG-sweep.")] = None,
+    lambdas: Annotated[Optional[str], typer.Option(help="As in 0.0035,0.013,0.0483: a run each.")] = None,
+    target_bpp: Annotated[Optional[float], typer.Option(help="Find the lambda for this rate instead.", min=0)] = None,
+    target_psnr: Annotated[Optional[float], typer.Option(help="Find the lambda for this PSNR in dB instead.")] = None,
+    warm_start: Annotated[
+        bool, typer.Option("--warm-start", help="Start each run from the weights of the one before.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each on a GPU of its own where there are any.")] = 1,
+    images: Annotated[
+        Optional[Path], typer.Option(help="Evaluate the models on these images, into OUT/results.")
+    ] = None,
+    baselines: Annotated[str, typer.Option(help="Of that evaluation, as in `hyperprior evaluate`.")] = "all",
+) -> None:
+    """Train one run per lambda, or search for a lambda; then evaluate them together. Started again, it goes on.
+
+    The searches judge by the run's held-out images (data.test), rates as estimated in training.
+
+    Example: `hyperprior sweep configs/quickstart.yaml --lambdas 0.0035,0.013,0.0483 --images kodak/`
+    """
+    from hyperprior import sweep as job
+    from hyperprior.errors import ConfigError
+    from hyperprior.terminal import Terminal
+
+    terminal = Terminal()
+    plan = job.Plan(config, overrides or [], out or Path("runs") / f"{config.stem}-sweep", jobs, warm_start)
+    targets = {"bpp": target_bpp, "psnr_db": target_psnr}
+    given = {column: value for column, value in targets.items() if value}
+    if bool(lambdas) + len(given) != 1:
+        raise ConfigError("give one of --lambdas, --target-bpp and --target-psnr")
+    if lambdas:
+        try:
+            values = [float(text) for text in lambdas.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--lambdas {lambdas}: {error}; write numbers with commas between them") from error
+        runs = job.sweep(plan, values, terminal)
+    else:
+        runs = [job.search(plan, *next(iter(given.items())), terminal)]
+    if images:
+        evaluate(runs, images, plan.out / "results", baselines)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[
