@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from test_workers import ROOT
+
+from hyperprior.config import load_config
 
 
 @pytest.fixture
@@ -61,3 +64,26 @@ def test_workers_sh_says_what_it_wants_and_passes_codes_on(stand_in: dict[str, s
     time.sleep(2)
     running.send_signal(signal.SIGTERM)
     assert running.wait(10) == 75  # asked to stop: no restart
+
+
+@pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
+def test_the_papers_curve_has_the_published_lambdas_and_sizes(stand_in: dict[str, str], metric: str) -> None:
+    script = ROOT / "launch" / "paper.sh"
+    command = [script, metric, "kodak/", "--jobs", "2"]
+    assert subprocess.run(command, env={**stand_in, "CODE": "0"}).returncode == 0
+    low, high, evaluation = Path(stand_in["HYPERPRIOR"] + ".log").read_text().splitlines()
+    with (ROOT / "hyperprior" / "kodak_rd.csv").open() as file:
+        published = {
+            float(row["lambda"])
+            for row in csv.DictReader(file)
+            if row["optimized_for"] == metric and "CompressAI" in row["codec"]
+        }
+    trained = [[float(x) for x in line.split("--lambdas ")[1].split()[0].split(",")] for line in (low, high)]
+    assert [len(part) for part in trained] == [5, 3] and {*trained[0], *trained[1]} == published
+    config = load_config(ROOT / low.split()[1], [word for word in low.split() if "=" in word])
+    large = load_config(ROOT / high.split()[1], [word for word in high.split() if "=" in word])
+    assert config.loss.metric == metric and config.train.initial == "random"
+    assert (config.model.num_filters, config.model.latent_channels) == (128, 192)
+    assert (large.model.num_filters, large.model.latent_channels) == (192, 320)
+    assert evaluation.startswith(f"evaluate runs/paper-{metric}/lambda-") and "--images kodak/" in evaluation
+    assert subprocess.run([script, "psnr", "x"], env=stand_in, capture_output=True).returncode == 2
