@@ -27,6 +27,7 @@ Model = Annotated[
 ]
 Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")]
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="Tars, directories, patterns or URLs.")]
 
@@ -199,9 +200,7 @@ def decompress(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(metavar="FILE.hyp|MODEL|RUN")],
-    model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    path: Annotated[Path, typer.Argument(metavar="FILE.hyp|MODEL|RUN")], model: Model = None, as_json: Json = False
 ) -> None:
     """What a file, a model or a run says of itself, and whether a model fits a file; nothing is decoded.
 
@@ -214,13 +213,54 @@ def info(
 
 
 @app.command()
+def runs(
+    folders: Annotated[
+        Optional[list[Path]], typer.Argument(metavar="[DIR]", help="Runs, or directories of runs. Default: runs.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List runs: state, step, last metrics, size.
+
+    Example: `hyperprior runs runs/`
+    """
+    from hyperprior import runs as job
+    from hyperprior.terminal import Terminal
+
+    found = [job.describe(run) for run in job.find(folders or [Path("runs")])]
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Terminal().say(job.table(found))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="RUN")],
+    b: Annotated[Path, typer.Argument(metavar="RUN")],
+    as_json: Json = False,
+) -> None:
+    """Show in which keys of the config and in which metrics two runs differ.
+
+    Example: `hyperprior compare runs/a runs/b`
+    """
+    from hyperprior import runs as job
+    from hyperprior.terminal import Terminal
+
+    found = job.compare(a, b)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Terminal().say(job.comparison(found))
+
+
+@app.command()
 def inspect(
     sources: Sources,
     patch_size: Annotated[int, typer.Option(help="Count images with a side below this.")] = 256,
     allow_pipe: Annotated[
         bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What sources hold: shards, images, sizes, formats, and everything unusable with its reason.
 

@@ -8,6 +8,7 @@ from typing import Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class Terminal:
@@ -18,7 +19,7 @@ class Terminal:
         self.errors = Console(highlight=False, soft_wrap=True, stderr=True)
         self._progress: Optional[Progress] = None
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Table) -> None:
         self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:

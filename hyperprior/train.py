@@ -282,9 +282,13 @@ class Trainer:
         with self.summaries() as self.report:
             started = state.step
             self.report.text("config", render(self.settings), started)
-            with self.terminal.track("training", self.total, started) as track:
-                self.loop(track)
-            result = self.finish()
+            try:
+                with self.terminal.track("training", self.total, started) as track:
+                    self.loop(track)
+                result = self.finish()
+            except HyperpriorError as error:
+                self.report.record("ended", state.step, code=error.exit_code, reason=str(error))
+                raise
         self.write(results.name, json.dumps(result, indent=2) + "\n")
         return result
 

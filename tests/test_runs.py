@@ -1,0 +1,53 @@
+"""`hyperprior runs` and `compare` on real runs in every state."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from conftest import TINY, Command
+from test_train import start, wait_for
+
+from hyperprior import runs
+
+
+def test_runs_are_listed_with_their_state_and_compared(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [empty_config, *TINY, f"data.train=[{flat_tar}]", f"data.val=[{flat_tar}]", "train.validate_every=2"]
+    arguments += ["train.checkpoint_every=2"]
+    hyperprior("train", *arguments, "train.steps=4", "--run", "all/good")
+    hyperprior("train", *arguments, "train.steps=90", "train.learning_rate=1e30", "--run", "all/bad", check=4)
+    process = start(tmp_path, *arguments, "train.steps=9000", "loss.lambda=0.05", "--run", "all/long")
+    wait_for(tmp_path / "all" / "long", 2, process)
+    listed = {Path(row["run"]).name: row for row in json.loads(hyperprior("runs", "all", "--json").stdout)}
+    assert {name: row["state"] for name, row in listed.items()} == {
+        "good": "finished",
+        "bad": "diverged",
+        "long": "running",
+    }
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    long = runs.describe(tmp_path / "all" / "long")
+    assert long["state"] == "stopped" and long["lambda"] == 0.05 and "start the same command again" in long["reason"]
+    assert (tmp_path / "all" / "long" / "checkpoints" / f"step-{long['step']:09d}.npz").exists()
+    good = listed["good"]
+    result = json.loads((tmp_path / "all" / "good" / "results.json").read_text())
+    assert (good["step"], good["loss"], good["psnr_db"]) == (4, result["loss"], result["psnr_db"])
+    files = [path for path in (tmp_path / "all" / "good").rglob("*") if path.is_file()]
+    assert good["bytes"] == sum(path.stat().st_size for path in files)
+    # A kill leaves no word of its end.
+    with (tmp_path / "all" / "long" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "train", "step": long["step"], "loss": 1.0}) + '\n{"kind": "tra')
+    assert runs.describe(tmp_path / "all" / "long")["state"] == "cut off"
+
+    lines = hyperprior("runs", "all").stdout.splitlines()
+    assert len(lines) == 4 and lines[1].split()[:2] == ["all/bad", "diverged"]
+    found = json.loads(hyperprior("compare", "all/good", "all/long", "--json").stdout)
+    assert found["config"] == {"loss.lambda": [0.013, 0.05], "train.steps": [4, 9000]}
+    assert found["metrics"]["loss"][0] == result["loss"]
+    assert "loss.lambda" in hyperprior("compare", "all/good", "all/long").stdout
+    assert "no run there" in hyperprior("runs", tmp_path / "all" / "good" / "model", check=2).stderr
+    assert "is no run" in hyperprior("compare", "all", "all/good", check=2).stderr
