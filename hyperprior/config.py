@@ -167,7 +167,7 @@ class Train(Section):
         "wavelet", "weights to start from: g_a as a wavelet packet of the image and g_s as its inverse, or random ones"
     )
     start_from: Optional[str] = field(
-        None, "start from the best weights of this run of the same dimensions instead, whatever its loss was"
+        None, "start from the best weights of this run of the same dimensions instead, y scaled to this run's lambda"
     )
     learning_rate: float = field(1e-4, "Adam's peak learning rate", may_change=True, gt=0)
     schedule: Literal["constant", "cosine", "steps"] = field(

@@ -114,3 +114,12 @@ def start_as_wavelets(model: ScaleHyperprior, loss: config.Loss) -> None:
     values["h_s/2/bias"][: len(known)] += np.array(known, np.float32)
     for name, variable in variables.items():
         variable.assign(values[name])
+
+
+def rescale(arrays: dict[str, np.ndarray], before: config.Loss, now: config.Loss) -> dict[str, np.ndarray]:
+    """The weights of the same model with y as large as another lambda wants it: quantised coarser or finer."""
+    factor = latent_gain(now) / latent_gain(before)
+    factors = {"g_a/6/kernel": factor, "g_a/6/bias": factor, "g_s/0/kernel": 1 / factor, "h_a/0/kernel": 1 / factor}
+    found = {**arrays, **{name: np.float32(by) * arrays[name] for name, by in factors.items()}}
+    found["h_s/2/bias"] = arrays["h_s/2/bias"] + np.float32(math.log(factor))
+    return found

@@ -202,7 +202,8 @@ class Trainer:
         if settings.start_from:
             origin = Path(settings.start_from)
             trained = checkpoint.best_weights(origin, self.terminal.warn)
-            checkpoint.assign(self.model.named_variables(), trained.arrays, f"train.start_from: {origin}")
+            arrays = initial.rescale(trained.arrays, trained.settings.loss, self.settings.loss)
+            checkpoint.assign(self.model.named_variables(), arrays, f"train.start_from: {origin}")
         elif settings.initial == "wavelet":
             initial.start_as_wavelets(self.model, self.settings.loss)
 

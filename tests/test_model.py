@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_compression as tfc
 
-from hyperprior import config, initial, model, rd, steps, transforms
+from hyperprior import checkpoint, config, initial, model, rd, steps, transforms
 from hyperprior.distribute import World
 from hyperprior.optimizer import Optimizer
 
@@ -142,6 +142,21 @@ def test_the_wavelet_start_codes_photographs_before_it_is_trained() -> None:
             initial.start_as_wavelets(small, config.Loss.model_validate({}))
         psnr[start] = float(tf.reduce_mean(rd.psnr_db(rd.mse(x, small.round(x, small.z_offset()).x_hat))))
     assert psnr["wavelet"] > max(psnr["random"], 12.0) + 8.0, psnr
+
+
+def test_weights_rescaled_to_another_lambda_quantise_finer_and_are_else_the_same_model() -> None:
+    tf.random.set_seed(0)
+    small, finer = model.ScaleHyperprior(SETTINGS), model.ScaleHyperprior(SETTINGS)
+    arrays = {name: v.numpy() for name, v in small.named_variables().items()}
+    before, now = (config.Loss.model_validate({"lambda": value}) for value in (0.01, 0.04))
+    checkpoint.assign(finer.named_variables(), initial.rescale(arrays, before, now), "test")
+    x = images(3, 1, 64, 64)
+    y = small.g_a(x)
+    np.testing.assert_allclose(finer.g_a(x), 2.0 * y, rtol=1e-4, atol=1e-5)  # the square root of 0.04 / 0.01
+    np.testing.assert_allclose(finer.g_s(2.0 * y), small.g_s(y), rtol=1e-4, atol=1e-5)
+    z = small.h_a(tf.abs(y))
+    np.testing.assert_allclose(finer.h_a(tf.abs(2.0 * y)), z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(finer.h_s(z), small.h_s(z) + math.log(2.0), rtol=1e-4, atol=1e-5)
 
 
 def test_low_precision_stays_inside_the_transforms() -> None:

@@ -257,7 +257,7 @@ def test_a_run_starts_from_the_best_weights_of_another(
     arguments = [empty_config, *TINY, f"data.train=[{flat_tar}]", f"data.val=[{flat_tar}]", "train.steps=4"]
     arguments += ["train.checkpoint_every=1", "train.validate_every=2", "train.keep_checkpoints=9"]
     hyperprior("train", *arguments, "--run", "first")
-    later = [*arguments, "loss.lambda=0.05", "train.learning_rate=1e-30", "train.ema=0.5", "train.start_from=first"]
+    later = [*arguments, "train.learning_rate=1e-30", "train.ema=0.5", "train.start_from=first"]
     hyperprior("train", *later, "--run", "second")
     best = checkpoint.best_weights(tmp_path / "first", print).arrays
     found = newest(tmp_path / "second")[0]
