@@ -169,6 +169,9 @@ class Train(Section):
     start_from: Optional[str] = field(
         None, "start from the best weights of this run of the same dimensions instead, y scaled to this run's lambda"
     )
+    proxy: Literal["noise", "rounded"] = field(
+        "noise", "what g_s gets in training: y with uniform noise, or y rounded, its gradient passed straight through"
+    )
     learning_rate: float = field(1e-4, "Adam's peak learning rate", may_change=True, gt=0)
     schedule: Literal["constant", "cosine", "steps"] = field(
         "constant",

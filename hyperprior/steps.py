@@ -54,7 +54,7 @@ def make_train_steps(
         noise_y = model.uniform_noise(shape_y, seed_y, step, places)
         noise_z = model.uniform_noise(shape_z, seed_z, step, places)
         with tf.GradientTape() as tape:
-            out = hyperprior.train(x, noise_y, noise_z)
+            out = hyperprior.train(x, noise_y, noise_z, settings.train.proxy)
             bpp_y, bpp_z = (rd.bits_per_pixel(bits, side, side) for bits in (out.bits_y, out.bits_z))
             distortion = rd.distortion(x, out.x_hat, settings.loss.metric)
             loss = rd.lagrangian(bpp_y + bpp_z, distortion, settings.loss.lmbda, settings.loss.metric)

@@ -195,6 +195,28 @@ def test_bits_of_y_are_those_of_a_gaussian_over_each_bin() -> None:
     np.testing.assert_allclose(found, [expected], rtol=1e-4)
 
 
+def test_rounded_latents_reach_the_synthesis_and_their_gradient_passes_through() -> None:
+    m, x = model.ScaleHyperprior(SETTINGS), images(2, 1, 64, 64)
+    m.named_variables()["g_a/6/kernel"].assign(3.0 * m.named_variables()["g_a/6/kernel"])
+    noise = [tf.random.stateless_uniform((1, *shape), (1, 2), -0.5, 0.5) for shape in m.latent_shapes(64, 64)]
+    kernel = m.named_variables()["g_a/6/kernel"]
+    found = {}
+    for proxy in ("noise", "rounded"):
+        with tf.GradientTape() as tape:
+            out = m.train(x, *noise, proxy)
+            error = tf.reduce_sum(tf.square(out.x_hat - x))
+        found[proxy] = out, tape.gradient(error, kernel)
+    noisy, rounded = found["noise"][0], found["rounded"][0]
+    np.testing.assert_array_equal(noisy.bits_y, rounded.bits_y)
+    np.testing.assert_array_equal(noisy.bits_z, rounded.bits_z)
+    np.testing.assert_allclose(rounded.x_hat, m.g_s(tf.round(m.g_a(x))), atol=1e-6)
+    # As if the rounding error were a constant that is added.
+    with tf.GradientTape() as tape:
+        y = m.g_a(x)
+        error = tf.reduce_sum(tf.square(m.g_s(y + tf.constant((tf.round(y) - y).numpy())) - x))
+    np.testing.assert_allclose(found["rounded"][1], tape.gradient(error, kernel), rtol=1e-4, atol=1e-5)
+
+
 def test_a_badly_predicted_value_counts_what_a_file_pays_for_it_and_pulls_as_the_density_does() -> None:
     m = model.ScaleHyperprior(SETTINGS)
     for value, capped in ((1.0, False), (900.0, True)):

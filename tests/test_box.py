@@ -1,0 +1,57 @@
+"""The models in the box: small, in order, at work right after installing, and as good as they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Command, encoded, photo
+from PIL import Image
+
+from hyperprior import checkpoint, codec, models
+
+BOX = models.in_the_box()
+
+
+def test_they_are_small_and_in_order() -> None:
+    assert list(BOX) == [f"q{i}" for i in range(1, len(BOX) + 1)] and len(BOX) >= 4
+    assert f"q{models.DEFAULT_QUALITY}" in BOX
+    assert all(path.stat().st_size <= 3_000_000 for path in BOX.values())
+    lambdas = [models.describe(name)["lambda"] for name in BOX]
+    assert lambdas == sorted(lambdas) and lambdas[0] <= 0.0035 and lambdas[-1] >= 0.0483
+    assert len({models.describe(name)["fingerprint"] for name in BOX}) == len(BOX)
+
+
+def test_compress_needs_nothing_but_an_image(
+    hyperprior: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYPERPRIOR_MODEL", raising=False)
+    (tmp_path / "x.png").write_bytes(encoded(photo(4, 300, 200), "PNG"))
+    hyperprior("compress", "x.png")
+    hyperprior("compress", "x.png", "--quality", "1", "-o", "small.hyp")
+    assert (tmp_path / "small.hyp").stat().st_size < (tmp_path / "x.hyp").stat().st_size < 300 * 200 * 3 / 20
+    hyperprior("decompress", "x.hyp", "-o", "y.png")
+    x, y = (np.asarray(Image.open(tmp_path / name), float) for name in ("x.png", "y.png"))
+    assert -10 * np.log10(np.mean((x - y) ** 2) / 255**2) > 28
+    found = json.loads(hyperprior("info", "x.hyp", "--json").stdout)
+    assert found["fits"] is True and found["given_model"].startswith(f"q{models.DEFAULT_QUALITY}, ")
+
+
+def test_they_are_on_kodak_what_they_were_and_a_spoiled_one_is_not(
+    hyperprior: Command, tmp_path: Path, samples: Path
+) -> None:
+    gate = ["--gate", models.BOX / "kodak.json", "--baselines", "none", "--published", "none"]
+    evaluate = ["evaluate", *BOX, "--images", samples / "kodak", *gate]
+    told = hyperprior(*evaluate, "--out", "results").stdout
+    assert told.count("is as good") == len(BOX)
+    points = [p for p in json.loads((tmp_path / "results" / "summary.json").read_text())["points"]]
+    for point in points:
+        assert abs(point["estimated_bpp"] / point["bpp"] - 1) < 0.005, point
+    # One weight of every thousand of g_s is lost, and the model's description agrees with what is left.
+    arrays, state = checkpoint.load(BOX["q3"], expected=models.FORMAT)
+    arrays["g_s/2/kernel"].reshape(-1)[::1000] = 0.0
+    checkpoint.save(tmp_path / "q3.npz", arrays, {**state, "fingerprint": codec.fingerprint(arrays)})
+    evaluate = ["evaluate", "q3.npz", "--images", samples / "kodak", *gate, "--out", "spoiled"]
+    assert "q3.npz is worse" in hyperprior(*evaluate, check=1).stderr
