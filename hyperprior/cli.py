@@ -110,6 +110,7 @@ def sweep(
 
     Example: `hyperprior sweep configs/quickstart.yaml --lambdas 0.0035,0.013,0.0483 --images kodak/`
     """
+    keep_freed_memory()
     from hyperprior import sweep as job
     from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal

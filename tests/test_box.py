@@ -46,8 +46,7 @@ def test_they_are_on_kodak_what_they_were_and_a_spoiled_one_is_not(
     evaluate = ["evaluate", *BOX, "--images", samples / "kodak", *gate]
     told = hyperprior(*evaluate, "--out", "results").stdout
     assert told.count("is as good") == len(BOX)
-    points = [p for p in json.loads((tmp_path / "results" / "summary.json").read_text())["points"]]
-    for point in points:
+    for point in json.loads((tmp_path / "results" / "summary.json").read_text())["points"]:
         assert abs(point["estimated_bpp"] / point["bpp"] - 1) < 0.005, point
     # One weight of every thousand of g_s is lost, and the model's description agrees with what is left.
     arrays, state = checkpoint.load(BOX["q3"], expected=models.FORMAT)
