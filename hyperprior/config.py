@@ -246,6 +246,15 @@ class Summaries(Section):
         5000, "pictures and histograms: steps, or text such as '1 epoch'; null: never", may_change=True
     )
     num_images: int = field(4, "validation images shown beside their reconstruction", may_change=True, ge=0)
+    profile: Optional[tuple[int, int]] = field(
+        None, "[first, end]: a profiler trace of the steps from one to the other, for TensorBoard", may_change=True
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Summaries:
+        if self.profile and not 0 <= self.profile[0] < self.profile[1]:
+            raise ValueError(f"profile is {list(self.profile)}; [100, 110] would trace ten steps")
+        return self
 
 
 class Config(Section):
@@ -427,6 +436,14 @@ def render(config: Config) -> str:
 def schema() -> dict[str, Any]:
     """JSON schema of the YAML, for editors."""
     return Config.model_json_schema(by_alias=True)
+
+
+def flat(settings: Config) -> dict[str, Any]:
+    """Every value under its key, such as `train.steps`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.to_dict().items():
+        found.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
+    return found
 
 
 def differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any, bool]]:

@@ -111,11 +111,12 @@ def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
     What `bits` gives for tfc.NoisyNormal(0, scale), to 1e-5, in fewer operations. A value counts for at
     most MAX_BITS; the gradient is that of the mass's logarithm all the same, far out that of the normal's tail.
     """
-    return tf.reduce_sum(_gaussian_bits(y, scale), axis=(1, 2, 3))
+    return tf.reduce_sum(gaussian_bits_each(y, scale), axis=(1, 2, 3))
 
 
 @tf.custom_gradient
-def _gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> Any:
+def gaussian_bits_each(y: tf.Tensor, scale: tf.Tensor) -> Any:
+    """The same, value by value."""
     inverse = 1.0 / scale
     distance = tf.abs(y)
     upper, lower = (0.5 - distance) * inverse, (-0.5 - distance) * inverse

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import summary as custom_scalar
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from hyperprior import checkpoint
+from hyperprior.config import Config, flat, render
 
 # metric → (tag, what it is)
 TAGS = {
@@ -42,6 +46,20 @@ TAGS = {
     "lost_shards": ("data/lost_shards", "visits of shards since the start that ended early: they cannot be read"),
     "skipped": ("data/skipped", "samples passed over since the start: unusable or too small"),
 }
+
+
+# The charts that TensorBoard's custom scalars show side by side, train and val in each.
+CHARTS = {
+    "Is it learning?": ("rd/loss", "rd/bpp", "quality/psnr_db", "quality/ms_ssim"),
+    "Is it fast?": ("speed/images_per_s", "speed/input_wait", "speed/all_reduce"),
+    "Is the data fine?": ("data/skipped", "data/lost_shards", "optim/nonfinite"),
+    "What is it doing?": ("rate/y", "rate/z", "optim/learning_rate", "optim/gradient_norm"),
+}
+# Keys of the config that tell the runs of a sweep or a search for a recipe apart.
+HPARAMS = (
+    *("loss.lambda", "loss.metric", "model.num_filters", "model.latent_channels", "seed"),
+    *("train.batch_size", "train.learning_rate", "train.schedule", "train.initial", "train.proxy", "train.ema"),
+)
 
 
 class Summaries:
@@ -69,7 +87,7 @@ class Summaries:
                 except ValueError:
                     break  # a line that was cut off by a kill
             checkpoint.write_text(self.metrics, "".join(kept))
-        for split in ("train", "val"):
+        for split in ("train", "val", ""):
             self.writers[split] = EventFileWriter(str(self.run / split))
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             # TensorBoard drops earlier events from this step on.
@@ -110,13 +128,41 @@ class Summaries:
 
         self._guard(write)
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        self._guard(lambda: self._add("train", step, text_pb(tag, f"```\n{text}```")))
+    def introduce(self, settings: Config, step: int) -> None:
+        """The config as text, the charts that stand side by side, and this run's row in the table of runs."""
+        charts = [
+            layout_pb2.Category(
+                title=title,
+                chart=[
+                    layout_pb2.Chart(title=tag, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$"]))
+                    for tag in tags
+                ],
+            )
+            for title, tags in CHARTS.items()
+        ]
+        given = {name: value for name, value in flat(settings).items() if name in HPARAMS and value is not None}
+        metrics = [hparams.Metric(tag, group="val") for tag in ("rd/loss", "rd/bpp", "quality/psnr_db")]
+
+        def write() -> None:
+            self._add("train", step, text_pb("config", f"```\n{render(settings)}```"))
+            self._add("", step, custom_scalar.pb(layout_pb2.Layout(category=charts)))
+            self._add("", step, hparams.hparams_config_pb([hparams.HParam(name) for name in given], metrics))
+            self._add("", step, hparams.hparams_pb(given, trial_id=self.run.name))
+            for writer in self.writers.values():
+                writer.flush()
+
+        self._guard(write)
+
+    def text(self, split: str, tag: str, step: int, markdown: str) -> None:
+        self._guard(lambda: self._add(split, step, text_pb(tag, markdown)))
+
+    def scalar(self, split: str, tag: str, step: int, value: float, description: str) -> None:
+        self._guard(lambda: self._add(split, step, scalar_pb(tag, value, description)))
 
     def histogram(self, tag: str, step: int, values: np.ndarray, description: str) -> None:
         self._guard(lambda: self._add("val", step, histogram_pb(tag, values, description=description)))
 
-    def picture(self, tag: str, step: int, picture: Image.Image) -> None:
+    def picture(self, tag: str, step: int, picture: Image.Image, description: str) -> None:
         def write() -> None:
             png = io.BytesIO()
             picture.save(png, "PNG")
@@ -126,7 +172,7 @@ class Summaries:
                 string_val=strings,
                 tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=3)]),
             )
-            metadata = image_metadata.create_summary_metadata(tag, "original, reconstruction")
+            metadata = image_metadata.create_summary_metadata(tag, description)
             value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
             self._add("val", step, summary_pb2.Summary(value=[value]))
 
@@ -135,16 +181,6 @@ class Summaries:
     def close(self) -> None:
         for writer in self.writers.values():
             self._guard(writer.close)
-
-
-def side_by_side(original: np.ndarray, reconstruction: np.ndarray, caption: str, gap: int = 4) -> Image.Image:
-    """Two [H, W, 3] uint8 images beside each other over a caption."""
-    height, width = original.shape[:2]
-    picture = Image.new("RGB", (2 * width + gap, height + 18), "white")
-    picture.paste(Image.fromarray(original), (0, 0))
-    picture.paste(Image.fromarray(reconstruction), (width + gap, 0))
-    ImageDraw.Draw(picture).text((2, height + 3), caption, fill="black")
-    return picture
 
 
 def describe(values: dict[str, float], keys: Optional[tuple[str, ...]] = None) -> str:

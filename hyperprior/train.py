@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional
 
@@ -19,8 +20,8 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, initial, lanes, rd, steps, stream, summaries
-from hyperprior.config import DOWNSAMPLING, Config, differences, render, validate
+from hyperprior import checkpoint, initial, lanes, monitor, rd, steps, stream, summaries
+from hyperprior.config import DOWNSAMPLING, Config, differences, flat, render, validate
 from hyperprior.distribute import World
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, LostWorker, Stopped
 from hyperprior.lanes import Cursor
@@ -31,6 +32,8 @@ from hyperprior.terminal import Terminal, Track
 
 BAD_JUDGED_OVER = 1000  # samples
 LOST_JUDGED_OVER = 100  # shards begun
+
+Curve = list[tuple[float, float]]
 
 
 @dataclasses.dataclass
@@ -50,6 +53,7 @@ class State:
     best_loss: Optional[float] = None
     best_step: int = 0
     stale: int = 0  # validations since the best
+    course: Curve = dataclasses.field(default_factory=list)  # (bpp, PSNR in dB) of the validations
     logged_step: int = 0
     sums: list[float] = dataclasses.field(default_factory=list)  # of the metrics since logged_step
 
@@ -76,7 +80,7 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
         if not world.is_chief:
             terminal = Terminal(quiet=True)
         try:
-            world.same({**flat(settings), "version": hyperprior.__version__, "tensorflow": tf.__version__})
+            world.same({**comparable(settings), "version": hyperprior.__version__, "tensorflow": tf.__version__})
             world.check_batch()
             world.together(lambda: world.is_chief and held.enter_context(checkpoint.only_one(run)))
             result = Trainer(settings, run, terminal, world, stop).run_to_end()
@@ -91,13 +95,9 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
     return result if world.is_chief else None
 
 
-def flat(settings: Config) -> dict[str, Any]:
+def comparable(settings: Config) -> dict[str, Any]:
     """What must be the same on all workers, key by key; of the sources only what they hold must be."""
-    sections = settings.to_dict()
-    for source in ("train", "val", "test"):
-        del sections["data"][source]
-    seed = sections.pop("seed")
-    return {"seed": seed, **{f"{name}.{key}": v for name, section in sections.items() for key, v in section.items()}}
+    return {key: v for key, v in flat(settings).items() if key not in ("data.train", "data.val", "data.test")}
 
 
 class Trainer:
@@ -149,9 +149,9 @@ class Trainer:
         self.reading = stream.Reading()
         self.train_steps = steps.make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
         self.eval_step = steps.make_eval_step(world, self.model, settings)
-        self.reconstruct = tf.function(
-            lambda x, offset: steps.reconstruct(self.model, x, offset), reduce_retracing=True, autograph=False
-        )
+        self.look: Optional[Callable[[np.ndarray, tf.Tensor], monitor.Look]] = None
+        self.tracing = False
+        self.anchors: Optional[tuple[Curve, Curve]] = None
 
     def steps_of(self, interval: int | str | None) -> int:
         """An interval in steps; 0: never."""
@@ -282,7 +282,7 @@ class Trainer:
         self.write("config.yaml", f"# hyperprior {hyperprior.__version__}, resolved\n{render(self.settings)}")
         with self.summaries() as self.report:
             started = state.step
-            self.report.text("config", render(self.settings), started)
+            self.report.introduce(self.settings, started)
             try:
                 with self.terminal.track("training", self.total, started) as track:
                     self.loop(track)
@@ -336,6 +336,7 @@ class Trainer:
                 stopped = not self.validate(track)
                 self.save()
             while not stopped and not self.finished():
+                self.profile()
                 stopped = self.train_chunk(self.next_chunk(chunks), track)
                 if self.due("scalars") and state.step > state.logged_step:
                     self.log(track)
@@ -353,6 +354,22 @@ class Trainer:
                 )
         finally:
             chunks.close()
+            self.profile(ended=True)
+
+    def profile(self, ended: bool = False) -> None:
+        """Begins or ends the trace of summaries.profile. A failing one ends with a warning, never the training."""
+        first, end = self.settings.summaries.profile or (0, 0)
+        wanted = first <= self.state.step < end and self.world.is_chief and not ended
+        if wanted == self.tracing:
+            return
+        self.tracing = wanted
+        try:
+            if wanted:
+                tf.profiler.experimental.start(str(self.run / "train"))
+            else:
+                tf.profiler.experimental.stop()
+        except (OSError, tf.errors.OpError) as error:
+            self.terminal.warn(f"the profiler failed, training goes on without it: {error}")
 
     def raise_stopped(self, message: str) -> NoReturn:
         """Raises on every worker what made one of them stop: an error of its input, or a signal."""
@@ -396,6 +413,7 @@ class Trainer:
                     step + self.settings.train.steps_per_call,
                     self.total,
                     *((step // every + 1) * every for every in self.intervals.values() if every),
+                    *(edge for edge in self.settings.summaries.profile or () if edge > step),
                 ]
                 found = [next(batches) for _ in range(min(ends) - step) if not self.stop.requested]
                 if self.stop.requested:
@@ -512,6 +530,7 @@ class Trainer:
             else:
                 state.stale += 1
         self.report.scalars("val", state.step, found)
+        state.course.append((found["bpp"], found["psnr_db"]))
         track.line(state.step, "validation  " + summaries.describe(found))
         self.log_began += time.perf_counter() - began  # not a part of training's speed
         return True
@@ -557,38 +576,31 @@ class Trainer:
             return [stream.EvalImage(blank, 0.0)] * count
 
     def pictures(self) -> None:
-        """Originals beside reconstructions, and the histogram of the scales, of the first validation images."""
+        """What `monitor` shows of the first validation images: the same ones all run long."""
         if not self.world.is_chief or not self.splits.val.images or not self.settings.summaries.num_images:
             return
         began = time.perf_counter()
-        source, settings = self.splits.val, self.settings
-        shown: list[np.ndarray] = []
-        with contextlib.closing(stream.eval_batches(source, settings.data, range(1), 1, self.min_side)) as batches:
-            for (place,) in batches:
-                if place.weight:
-                    shown.append(place.image)
-                if len(shown) == settings.summaries.num_images:
-                    break
-        scales = []
-        if not shown:
-            return
+        with contextlib.closing(self.val_images()) as images:
+            shown = list(itertools.islice(images, self.settings.summaries.num_images))
+        if not self.look:
+            self.look = monitor.make_look(self.model)
         with self.optimizer.averaged_weights():
             z_offset = self.model.z_offset()
-            for index, image in enumerate(shown):
-                x = tf.constant(image[None], tf.float32) / 255.0
-                x_hat, out = self.reconstruct(x, z_offset)
-                bpp = float(out.bits_y[0] + out.bits_z[0]) / (image.shape[0] * image.shape[1])
-                psnr = float(rd.psnr_db(rd.mse(x, x_hat))[0])
-                pixels = tf.cast(x_hat[0] * 255.0 + 0.5, tf.uint8).numpy()
-                caption = f"step {self.state.step}: {bpp:.3f} bpp, {psnr:.2f} dB"
-                self.report.picture(
-                    f"reconstruction/{index}", self.state.step, summaries.side_by_side(image, pixels, caption)
-                )
-                scales.append(np.log2(self.model.scales(out.log_scales).numpy()).ravel())
-        self.report.histogram(
-            "scales/log2", self.state.step, np.concatenate(scales), "log2 of the standard deviations of y"
-        )
+            looks = [self.look(image, z_offset) for image in shown]
+            monitor.show(self.report, self.state.step, looks, self.model.named_variables())
+        if not self.anchors:
+            with contextlib.closing(self.val_images()) as images:
+                self.anchors = monitor.jpeg_curve(images), monitor.published_curve()
+        if self.state.course:
+            plane = monitor.rd_plane(self.state.course, *self.anchors)
+            self.report.picture("rd_plane", self.state.step, plane, "this run's validations, JPEG, the paper's curve")
         self.log_began += time.perf_counter() - began
+
+    def val_images(self) -> Generator[np.ndarray, None, None]:
+        """The validation images that can be used, in order."""
+        settings = self.settings.data
+        with contextlib.closing(stream.eval_batches(self.splits.val, settings, range(1), 1, self.min_side)) as places:
+            yield from (place.image for (place,) in places if place.weight)
 
     def finish(self) -> dict[str, Any]:
         """The result of the best weights (by validation loss; else the last) on the test split."""

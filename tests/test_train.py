@@ -169,10 +169,11 @@ def test_a_run_leaves_what_the_documentation_says(
     assert "10/10  loss" in output  # plain lines where there is no terminal
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
     from tensorboard.util.tensor_util import make_ndarray
 
     found = {}
-    for split in ("train", "val"):
+    for split in ("train", "val", ""):
         events = EventAccumulator(str(run / split), size_guidance={"tensors": 0})
         events.Reload()
         found[split] = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
@@ -189,17 +190,42 @@ def test_a_run_leaves_what_the_documentation_says(
         }
         <= found["train"].keys()
     )
-    assert common | {"reconstruction/0", "reconstruction/1", "scales/log2"} <= found["val"].keys()
+    shown = {"reconstruction/0", "reconstruction/1", "scales/log2", "latents/y", "latents/zeros", "latents/dearest"}
+    assert common | shown | {"rd_plane", "gdn/g_a/1/gamma", "gdn/g_s/5/beta"} <= found["val"].keys()
     assert [e.step for e in found["train"]["rd/loss"]] == [5, 10]
     for row, event in zip(lines(run, "train"), found["train"]["rd/loss"]):
         assert make_ndarray(event.tensor_proto) == pytest.approx(row["loss"], rel=1e-6)
     width, height, png = found["val"]["reconstruction/0"][0].tensor_proto.string_val
-    assert png[1:4] == b"PNG" and (int(width), int(height)) == (132, 82)
+    # Four panels of 64 pixels, each enlarged to 256, three gaps of 4, and two lines of text.
+    assert png[1:4] == b"PNG" and (int(width), int(height)) == (4 * 256 + 12, 256 + 36)
+    assert b"channels of y that cost most" in found["val"]["latents/dearest"][0].tensor_proto.string_val[0]
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= found[""].keys()
+    layout = layout_pb2.Layout.FromString(found[""]["custom_scalars__config__"][0].tensor_proto.string_val[0])
+    charts = [
+        tag.strip("^$") for category in layout.category for chart in category.chart for tag in chart.multiline.tag
+    ]
+    written = found["train"].keys() | found["val"].keys()
+    # What a chart shows exists; MS-SSIM only of images that are large enough for it.
+    assert set(charts) - {"quality/ms_ssim"} <= written and "rd/loss" in charts
     assert b"num_filters: 8" in found["train"]["config"][0].tensor_proto.string_val[0]
 
     again = hyperprior(*arguments).stdout
     assert "r is done: 10 steps" in again
     assert json.loads((run / "results.json").read_text()) == result
+
+
+def test_a_profile_holds_the_steps_that_were_asked_for_and_changes_nothing(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [empty_config, *TINY, f"data.train=[{flat_tar}]", "train.steps=9", "train.steps_per_call=9"]
+    hyperprior("train", *arguments, "--run", "plain")
+    hyperprior("train", *arguments, "summaries.profile=[3, 7]", "--run", "traced")
+    (trace,) = (tmp_path / "traced" / "train" / "plugins" / "profile").rglob("*.xplane.pb")
+    assert trace.read_bytes().count(b"Conv2D") > 0
+    plain, traced = (newest(tmp_path / run)[0] for run in ("plain", "traced"))
+    assert all(np.array_equal(plain[name], traced[name]) for name in plain)
+    wrong = hyperprior("train", *arguments, "summaries.profile=[7, 3]", "--run", "x", check=2).stderr
+    assert "profile is [7, 3]; [100, 110] would trace ten steps" in wrong
 
 
 def test_what_may_not_change_is_refused_and_what_may_is_said(
