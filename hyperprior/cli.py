@@ -378,6 +378,33 @@ def bench(
         checkpoint.write_text(out, json.dumps(found, indent=2) + "\n")
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Optional[Path], typer.Argument(metavar="[CONFIG]", help="Also judge its sources and needs.")
+    ] = None,
+    overrides: Overrides = None,
+    run: Annotated[Path, typer.Option(help="Where runs go.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine is to a run: GPUs and why not, memory, disk, sources, what will bind.
+
+    Example: `hyperprior doctor configs/imagenet_mse.yaml`
+    """
+    from hyperprior.config import load_config
+    from hyperprior.terminal import Terminal
+
+    settings = load_config(config, overrides or []) if config else None
+    from hyperprior import doctor as job
+
+    found = job.examine(settings, run)
+    if as_json:
+        print(json.dumps(job.to_dict(found), indent=2))
+        return
+    for finding in found:
+        Terminal().say(finding.line())
+
+
 @app.command(name="config")
 def config_command(
     config: Annotated[Optional[Path], typer.Argument(metavar="[CONFIG]", help="Default: the defaults.")] = None,

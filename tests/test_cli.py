@@ -30,7 +30,9 @@ def test_help_and_config_errors_do_not_import_tensorflow(tmp_path: Path) -> None
         )
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "runs", "compare", "inspect", "pack", "evaluate", "config"])
+@pytest.mark.parametrize(
+    "command", ["train", "sweep", "doctor", "runs", "compare", "inspect", "pack", "evaluate", "config"]
+)
 def test_every_command_explains_itself_with_an_example(hyperprior: Command, command: str) -> None:
     assert "Example:" in hyperprior(command, "--help").stdout
 

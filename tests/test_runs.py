@@ -1,8 +1,9 @@
-"""`hyperprior runs` and `compare` on real runs in every state."""
+"""`hyperprior runs` and `compare` on real runs in every state; `doctor` on this machine."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -51,3 +52,19 @@ def test_runs_are_listed_with_their_state_and_compared(
     assert "loss.lambda" in hyperprior("compare", "all/good", "all/long").stdout
     assert "no run there" in hyperprior("runs", tmp_path / "all" / "good" / "model", check=2).stderr
     assert "is no run" in hyperprior("compare", "all", "all/good", check=2).stderr
+
+
+def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = ["doctor", empty_config, *TINY, f"data.train=[{flat_tar}]"]
+    found = {row["name"]: row for row in json.loads(hyperprior(*arguments, "--json").stdout)}
+    assert {"software", "GPU", "CPU", "memory", "disk", "sources", "bottleneck"} <= found.keys()
+    assert "24 shards" in found["sources"]["text"] or "4 shards" in found["sources"]["text"]
+    assert not any(row["remedy"] for name, row in found.items() if name not in ("disk", "bottleneck")), found
+    huge = json.loads(hyperprior(*arguments, "train.batch_size=200000", "--json").stdout)
+    assert "lower train.batch_size" in next(row for row in huge if row["name"] == "memory")["remedy"]
+    lines = hyperprior("doctor", empty_config, "data.train=[missing.tar]").stdout.splitlines()
+    assert any(line.startswith("! sources") and "missing.tar" in line for line in lines)
+    hidden = hyperprior("doctor", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
+    assert "CUDA_VISIBLE_DEVICES hides them" in hidden
