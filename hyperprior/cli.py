@@ -329,8 +329,8 @@ def evaluate(
 ) -> None:
     """Compress and decompress images with models and baselines; compare, plot and show the results.
 
-    Writes images.csv, summary.json, summary.md, rd_psnr and rd_ms_ssim (.png, .svg), and pictures.png. Models that
-    share a metric are one curve: four or more lambdas give BD-rates.
+    Writes report.html, images.csv, summary.json, summary.md, rd_psnr and rd_ms_ssim (.png, .svg), and pictures.png.
+    Models that share a metric are one curve: four or more lambdas give BD-rates.
 
     Example: `hyperprior evaluate runs/a runs/b runs/c runs/d --images kodak/ --out results/`
     """

@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from hyperprior import __version__, baselines, codec, images, plots, rd
+from hyperprior import __version__, baselines, codec, images, plots, rd, report
 from hyperprior.checkpoint import write_text, write_whole
 from hyperprior.errors import ConfigError, DataError, GateError
 from hyperprior.files import IMAGE_SUFFIXES
@@ -31,6 +31,7 @@ FORMAT = 1  # of summary.json
 KODAK = {f"kodim{number:02d}.png" for number in range(1, 25)}
 METRICS = {"mse": "MSE", "ms-ssim": "MS-SSIM"}
 SHEET_PICTURES, SHEET_BPP = 4, 0.3  # the sheet shows the model nearest to a rate at which the differences show
+REPORT_PICTURES = 24
 SHEET_BASELINES = ("jpeg-opt", "avif")
 COLUMNS = ["kind", "curve", "point", "image", "width", "height", "bytes", "bpp", "estimated_bits"]
 COLUMNS += ["mse", "psnr_db", "ms_ssim", "ms_ssim_db", "encode_seconds", "decode_seconds"]
@@ -135,10 +136,11 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     )
     draw(points, out)
     shown = min(models, key=lambda model: abs(rate_of(model, points) - SHEET_BPP))
-    sheet = plots.picture_sheet(
-        f"{shown.name}: {shown.curve}, lambda {shown.facts()['lambda']:g}", sheet_rows(shown, photos, chosen)
-    )
+    title = f"{shown.name}: {shown.curve}, lambda {shown.facts()['lambda']:g}"
+    sheet_rows, pictures = compared(shown, photos, chosen)
+    sheet = plots.picture_sheet(title, sheet_rows)
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
+    write_text(out / "report.html", report.render(summary, rows, pictures))
     if worse := [verdict for verdict in verdicts if not verdict["passed"]]:
         raise GateError("; ".join(map(say_verdict, worse)))
     return "\n".join(ours)
@@ -460,26 +462,41 @@ def rate_of(model: Model, points: Sequence[dict[str, Any]]) -> float:
     return next(point["bpp"] for point in points if point["kind"] == "model" and point["point"] == model.name)
 
 
-def sheet_rows(
+def compared(
     model: Model, photos: Sequence[Photo], chosen: Sequence[baselines.Baseline]
-) -> list[list[plots.Picture]]:
-    """For some images, evenly spaced by name: the original, ours, and baselines of at most as many bytes."""
-    count = min(SHEET_PICTURES, len(photos))
-    rows = []
-    for photo in (photos[index * len(photos) // count] for index in range(count)):
+) -> tuple[list[list[plots.Picture]], list[dict[str, Any]]]:
+    """(rows of the sheet, pictures of the report): the original, ours, and baselines of at most as many bytes.
+
+    Both show photos that are evenly spaced by name, the report more of them.
+    """
+    rows, pictures = [], []
+    in_sheet, in_report = (set(spaced(photos, most)) for most in (SHEET_PICTURES, REPORT_PICTURES))
+    for photo in (photo for photo in photos if photo in in_sheet | in_report):
         pixels = photo.pixels()
         row = [plots.Picture("Original", [photo.path.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
         data = model.codec.compress(pixels)
-        coded = [("hyperprior", data, model.codec.decompress(data))]
+        coded = [("hyperprior", data, model.codec.decompress(data), "")]
         for baseline in (b for b in chosen if b.name in SHEET_BASELINES):
             file, quality = baselines.fit(baseline, pixels, len(data))
-            coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file)))
-        for title, file, decoded in coded:
+            kind = f"image/{baseline.format.lower()}"
+            coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file), kind))
+        versions = []
+        for title, file, decoded, kind in coded:
             found = rd.distortions(pixels, decoded)
             bpp = 8 * len(file) / photo.width / photo.height
             quality_line = f"PSNR {found['psnr_db']:.2f} dB"
             if found["ms_ssim"] is not None:
                 quality_line += f" · MS-SSIM {found['ms_ssim']:.4f}"
-            row.append(plots.Picture(title, [f"{len(file):,} bytes · {bpp:.3f} bpp", quality_line], decoded))
-        rows.append(row)
-    return rows
+            lines = [f"{len(file):,} bytes · {bpp:.3f} bpp", quality_line]
+            row.append(plots.Picture(title, lines, decoded))
+            versions.append(report.Version(title, " · ".join(lines), decoded, file if kind else None, kind))
+        if photo in in_sheet:
+            rows.append(row)
+        if photo in in_report:
+            pictures.append(report.picture(photo.path.name, pixels, versions))
+    return rows, pictures
+
+
+def spaced(photos: Sequence[Photo], most: int) -> list[Photo]:
+    count = min(most, len(photos))
+    return [photos[index * len(photos) // count] for index in range(count)]

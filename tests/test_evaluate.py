@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,11 @@ def test_results_are_means_over_images_of_what_the_files_are(
     assert "has 1 of the 4 points" in ms_ssim["psnr_db"]["refused"]
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "has 1 of the 4 points" in text and f"| c | 0.0067 | mse | {point['bpp']:.4f} |" in text
+    page = re.search(r'id="data">(.*?)</script>', (tmp_path / "out" / "report.html").read_text(), re.DOTALL)
+    assert page
+    shown = json.loads(page[1])
+    assert len(shown["rows"]) == len(rows) and len(shown["points"]) == len(summary["points"])
+    assert [picture["name"] for picture in shown["pictures"]] == [image["name"] for image in summary["images"]]
     for name in ("rd_psnr.png", "rd_ms_ssim.png", "pictures.png"):
         with Image.open(tmp_path / "out" / name) as drawn:
             assert drawn.width > 800
