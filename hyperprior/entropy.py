@@ -20,7 +20,9 @@ from hyperprior.config import Model
 
 PRECISION = model.MAX_BITS  # of a probability: the most that the range coder takes
 TAIL_MASS = 2.0**-14  # at most this much probability is left to the escape
-OUTLIERS = 8  # further values on either side: half the price of an escape where a scale was badly predicted
+# Further values on either side, for badly predicted scales: half the price of an escape. What is ten deviations off
+# mostly has some deviation, so wide tables get more of them; each takes 2⁻¹⁶ from the others.
+OUTLIERS, OUTLIERS_PER_SCALE, MOST_OUTLIERS = 8, 8, 40
 MAX_HALF_WIDTH = 2048  # values on either side of zero
 
 
@@ -43,7 +45,8 @@ def build(prior: tfc.NoisyDeepFactorized, z_offset: np.ndarray, settings: Model)
     for index in range(settings.num_scales):
         scale = math.exp(low + step * index)
         half = math.ceil(-special.ndtri(TAIL_MASS / 2) * scale - 0.5)
-        half = min(max(1, half) + OUTLIERS, MAX_HALF_WIDTH)
+        outliers = min(OUTLIERS + math.ceil(OUTLIERS_PER_SCALE * scale), MOST_OUTLIERS)
+        half = min(max(1, half) + outliers, MAX_HALF_WIDTH)
         edges = special.ndtr((np.arange(-half, half + 2) - 0.5) / scale)
         pmfs.append((-half, np.diff(edges)))
 
