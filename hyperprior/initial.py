@@ -81,8 +81,11 @@ def latent_gain(loss: config.Loss) -> float:
     return 255.0 * math.sqrt(math.log(2.0) * lmbda / 18.0)
 
 
-def start_as_wavelets(model: ScaleHyperprior, loss: config.Loss) -> None:
-    """Gives a model that was just built, with random weights, those that this file describes."""
+def start_as_wavelets(model: ScaleHyperprior, loss: config.Loss, scale_min: float = 0.11) -> None:
+    """Gives a model that was just built, with random weights, those that this file describes.
+
+    `scale_min`: the smallest standard deviation of y that the model can tell.
+    """
     variables = model.named_variables()
     values = {name: variable.numpy() for name, variable in variables.items()}
     gain = latent_gain(loss)
@@ -110,7 +113,7 @@ def start_as_wavelets(model: ScaleHyperprior, loss: config.Loss) -> None:
         if name.endswith("/gamma"):  # GDNParameter keeps square roots
             values[name] = value * (GAMMA / GDN_GAMMA) ** 0.5
     values["h_s/2/kernel"] = values["h_s/2/kernel"] * SPREAD
-    known = [math.log(max(gain * spread(band), 0.11)) for band in bands]
+    known = [math.log(max(gain * spread(band), scale_min)) for band in bands]
     values["h_s/2/bias"][: len(known)] += np.array(known, np.float32)
     for name, variable in variables.items():
         variable.assign(values[name])

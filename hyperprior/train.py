@@ -205,7 +205,7 @@ class Trainer:
             arrays = initial.rescale(trained.arrays, trained.settings.loss, self.settings.loss)
             checkpoint.assign(self.model.named_variables(), arrays, f"train.start_from: {origin}")
         elif settings.initial == "wavelet":
-            initial.start_as_wavelets(self.model, self.settings.loss)
+            initial.start_as_wavelets(self.model, self.settings.loss, self.settings.model.scale_min)
 
     def check_best(self) -> None:
         """Forgets a best that another course of this run left behind after the checkpoint it resumes from."""
