@@ -17,8 +17,8 @@ from fuzz import mutants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyperprior import checkpoint, config, container, entropy, exact, export, model, transforms
 from hyperprior import codec as codecs
-from hyperprior import config, container, entropy, exact, export, model, transforms
 from hyperprior.codec import Codec
 from hyperprior.errors import BitstreamError, ConfigError, DataError
 
@@ -38,7 +38,7 @@ def random_model(seed: int = 0) -> model.ScaleHyperprior:
 
 def codec_of(made: model.ScaleHyperprior) -> Codec:
     arrays = {name: v.numpy() for name, v in made.named_variables().items()}
-    return Codec(export.constants(made, export.Trained(arrays, SETTINGS, 0)), SETTINGS, {}, "a random model")
+    return Codec(export.constants(made, checkpoint.Trained(arrays, SETTINGS, 0)), SETTINGS, {}, "a random model")
 
 
 @pytest.fixture(scope="module")
