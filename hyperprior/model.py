@@ -31,11 +31,13 @@ MAX_BITS = 16  # that a value costs: no probability in a file's tables is below 
 
 
 class Forward(NamedTuple):
-    """`x_hat`: [B, H, W, 3], not clipped; `bits_y`, `bits_z`: [B]; `log_scales`: [B, H/16, W/16, M]."""
+    """`x_hat`: [B, H, W, 3], not clipped; `bits_y`, `bits_z`: [B]; `y`, whose bits they are, and `log_scales`:
+    [B, H/16, W/16, M]."""
 
     x_hat: tf.Tensor
     bits_y: tf.Tensor
     bits_z: tf.Tensor
+    y: tf.Tensor
     log_scales: tf.Tensor
 
 
@@ -96,6 +98,7 @@ class ScaleHyperprior(tf.Module):
             x_hat=self.g_s(y_hat),
             bits_y=gaussian_bits(y, self.scales(log_scales)),
             bits_z=bits(self.prior, z),
+            y=y,
             log_scales=log_scales,
         )
 

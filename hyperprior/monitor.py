@@ -14,7 +14,7 @@ import tensorflow as tf
 from PIL import Image, ImageDraw
 
 from hyperprior import baselines, rd, steps
-from hyperprior.model import ScaleHyperprior, gaussian_bits_each, pad
+from hyperprior.model import ScaleHyperprior, gaussian_bits_each
 from hyperprior.summaries import Summaries
 
 AMPLIFIED = 4  # the difference is shown this many times as large, around mid-gray
@@ -44,11 +44,11 @@ def make_look(hyperprior: ScaleHyperprior) -> Callable[[np.ndarray, tf.Tensor], 
     def run(images: tf.Tensor, z_offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
         x = tf.cast(images, tf.float32) / 255.0
         x_hat, out = steps.reconstruct(hyperprior, x, z_offset)
-        y = tf.round(hyperprior.g_a(pad(x)))
-        bits = gaussian_bits_each(y, hyperprior.scales(out.log_scales))
+        bits = gaussian_bits_each(out.y, hyperprior.scales(out.log_scales))
         ms_ssim, fits = steps.ms_ssim_if_large(x, x_hat)
         pixels = tf.cast(tf.round(x_hat * 255.0), tf.uint8)
-        return pixels, bits, y, out.log_scales, out.bits_y + out.bits_z, rd.psnr_db(rd.mse(x, x_hat)), ms_ssim, fits
+        psnr = rd.psnr_db(rd.mse(x, x_hat))
+        return pixels, bits, out.y, out.log_scales, out.bits_y + out.bits_z, psnr, ms_ssim, fits
 
     def look(image: np.ndarray, z_offset: tf.Tensor) -> Look:
         pixels, bits, y, log_scales, total, psnr, ms_ssim, fits = (
@@ -64,23 +64,16 @@ def show(report: Summaries, step: int, looks: Sequence[Look], parameters: dict[s
     """Pictures, histograms, and the channels of y that cost most, of the same images at every call."""
     for index, look in enumerate(looks):
         report.picture(f"reconstruction/{index}", step, sheet(look, step), "original, reconstruction, difference, bits")
-    y, bits = (np.concatenate([part(look).reshape(-1, look.y.shape[-1]) for look in looks]) for part in (of_y, of_bits))
+    y = np.concatenate([look.y.ravel() for look in looks])
+    bits = np.concatenate([look.bits.reshape(-1, look.bits.shape[-1]) for look in looks])
     scales = np.concatenate([look.log_scales.ravel() for look in looks]) / np.log(2.0)
     report.histogram("scales/log2", step, scales, "log2 of the standard deviations of y")
-    report.histogram("latents/y", step, y.ravel(), "rounded y")
+    report.histogram("latents/y", step, y, "rounded y")
     for name, variable in parameters.items():
         if name.endswith(("/beta", "/gamma")):
             report.histogram(f"gdn/{name}", step, np.square(variable.numpy()).ravel(), "as the norm uses it")
     report.scalar("val", "latents/zeros", step, float(np.mean(y == 0.0)), "share of y that is rounded to zero")
     report.text("val", "latents/dearest", step, dearest(bits))
-
-
-def of_y(look: Look) -> np.ndarray:
-    return look.y
-
-
-def of_bits(look: Look) -> np.ndarray:
-    return look.bits
 
 
 def dearest(bits: np.ndarray) -> str:
