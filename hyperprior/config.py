@@ -187,7 +187,7 @@ class Train(Section):
         None, "decay of a moving average of the weights, used for validation and the result; null: none", gt=0, lt=1
     )
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = field(
-        "float32", "of the transforms; latents, entropy models, loss and GDN's norm stay float32"
+        "float32", "of the transforms' inner layers; latents, entropy models and loss stay float32"
     )
     on_nonfinite: Literal["stop", "skip"] = field(
         "stop", "a loss or gradient that is not finite: stop before it, or skip the step", may_change=True

@@ -166,9 +166,27 @@ def test_low_precision_stays_inside_the_transforms() -> None:
     out = m.train(x, tf.fill((1, *shape_y), 0.25), tf.fill((1, *shape_z), 0.25))
     assert {t.dtype for t in out} == {tf.float32}
     # In bfloat16 200 + 0.3 is 200; a latent must keep its noise.
-    gdn = transforms.GDN(2)
-    assert gdn(tf.ones((1, 1, 1, 2), tf.bfloat16)).dtype == tf.bfloat16
-    assert not np.array_equal(m.g_a(x), tf.cast(tf.cast(m.g_a(x) + 0.001, tf.bfloat16), tf.float32))
+    # In bfloat16 every number between 128 and 256 is whole: latents are computed in float32.
+    for latents in (m.g_a(x), m.h_a(out.y), m.h_s(m.h_a(out.y))):
+        assert not np.array_equal(latents, tf.cast(tf.cast(latents, tf.bfloat16), tf.float32))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gdn_in_bfloat16_has_the_value_and_the_gradients_of_float32(inverse: bool) -> None:
+    gdn = transforms.GDN(16, inverse=inverse)
+    gdn.gamma.variable.assign(tf.abs(tf.random.stateless_normal((16, 16), (1, 2))))
+    x = tf.cast(tf.random.stateless_normal((2, 8, 8, 16), (3, 4)), tf.bfloat16)  # no rounding of the input
+
+    def both(x: tf.Tensor) -> list[np.ndarray]:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = gdn(x)
+        assert y.dtype == x.dtype
+        found = [y, *tape.gradient(y, [x, gdn.beta.variable, gdn.gamma.variable], output_gradients=x)]
+        return [tf.cast(value, tf.float32).numpy() for value in found]
+
+    for wide, low in zip(both(tf.cast(x, tf.float32)), both(x)):
+        assert np.linalg.norm(low - wide) < 0.01 * np.linalg.norm(wide)
 
 
 def test_names_of_variables_are_stable_and_complete() -> None:
