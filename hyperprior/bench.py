@@ -73,6 +73,7 @@ def bench(settings: Config, what: list[str], repeats: int, terminal: Terminal) -
         if part in what:
             terminal.say(f"measuring {part}")
             found[part] = globals()[f"bench_{part}"](settings, world, repeats, terminal)
+    terminal.tell(found)
     return found
 
 

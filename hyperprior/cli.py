@@ -27,7 +27,7 @@ Model = Annotated[
 ]
 Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")]
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="Tars, directories, patterns or URLs.")]
 
@@ -63,6 +63,7 @@ def train(
         Optional[Path], typer.Option(help="Run directory; resumed if it holds a run. Default: runs/NAME-OF-CONFIG.")
     ] = None,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Train, or resume, a run; ends with its result on held-out images.
 
@@ -72,7 +73,7 @@ def train(
     from hyperprior.terminal import Terminal
 
     settings = load_config(config, overrides or [])
-    terminal = Terminal(quiet)
+    terminal = Terminal(quiet or as_json)
     folder = run or Path("runs") / config.stem
     keep_freed_memory()
     from hyperprior import train as job
@@ -85,6 +86,7 @@ def train(
     export(folder, None, terminal)
     for line in job.describe_result(result, folder):
         terminal.say(line)
+    Terminal(as_json=as_json).tell({"run": str(folder), **result})
 
 
 @app.command()
@@ -103,6 +105,8 @@ def sweep(
         Optional[Path], typer.Option(help="Evaluate the models on these images, into OUT/results.")
     ] = None,
     baselines: Annotated[str, typer.Option(help="Of that evaluation, as in `hyperprior evaluate`.")] = "all",
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Train one run per lambda, or search for a lambda; then evaluate them together. Started again, it goes on.
 
@@ -115,8 +119,9 @@ def sweep(
     from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal
 
-    terminal = Terminal()
-    plan = job.Plan(config, overrides or [], out or Path("runs") / f"{config.stem}-sweep", jobs, warm_start)
+    terminal = Terminal(quiet, as_json=as_json)
+    folder = out or Path("runs") / f"{config.stem}-sweep"
+    plan = job.Plan(config, overrides or [], folder, jobs, warm_start, quiet or as_json)
     targets = {"bpp": target_bpp, "psnr_db": target_psnr}
     given = {column: value for column, value in targets.items() if value}
     if bool(lambdas) + len(given) != 1:
@@ -130,7 +135,7 @@ def sweep(
     else:
         runs = [job.search(plan, *next(iter(given.items())), terminal)]
     if images:
-        evaluate(runs, images, plan.out / "results", baselines)
+        evaluate(runs, images, plan.out / "results", baselines, quiet=quiet or as_json)
 
 
 @app.command()
@@ -140,6 +145,7 @@ def export(
         Optional[Path],
         typer.Option(help="The model directory, or with .npz one file with float16 weights. Default: RUN/model."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Make a codec of a run's best weights. Training ends with it; do it by hand for a run that goes on.
 
@@ -148,7 +154,7 @@ def export(
     from hyperprior import export as job
     from hyperprior.terminal import Terminal
 
-    job.export(run, out, Terminal())
+    job.export(run, out, Terminal(as_json=as_json))
 
 
 @app.command()
@@ -162,6 +168,7 @@ def compress(
     force: Force = False,
     verify: Annotated[bool, typer.Option("--verify", help="Decode too, and tell PSNR and MS-SSIM.")] = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Compress images to .hyp files.
 
@@ -170,7 +177,7 @@ def compress(
     from hyperprior import files, models
     from hyperprior.terminal import Terminal
 
-    terminal = Terminal(quiet, to_stderr="-" in (out, *images))
+    terminal = Terminal(quiet, "-" in (out, *images), as_json)
     files.compress(images, models.chosen(model, quality), out, force, verify, terminal)
 
 
@@ -185,6 +192,7 @@ def decompress(
         Optional[int], typer.Option(min=1, help="Refuse larger images. Default: those that `compress` refuses.")
     ] = None,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Decompress .hyp files to PNG, or another format by its extension.
 
@@ -195,7 +203,7 @@ def decompress(
     from hyperprior import files
     from hyperprior.terminal import Terminal
 
-    terminal = Terminal(quiet, to_stderr="-" in (out, *hyp))
+    terminal = Terminal(quiet, "-" in (out, *hyp), as_json)
     files.decompress(hyp, model, out, "." + suffix.lower().lstrip("."), force, max_pixels, terminal)
 
 
@@ -208,9 +216,11 @@ def info(
     Example: `hyperprior info photo.hyp --model runs/a`
     """
     from hyperprior import files
+    from hyperprior.terminal import Terminal
 
-    found = files.info(path, model)
-    print(json.dumps(found, indent=2) if as_json else "\n".join(files.lines(found)))
+    terminal, found = Terminal(as_json=as_json), files.info(path, model)
+    terminal.say("\n".join(files.lines(found)))
+    terminal.tell(found)
 
 
 @app.command()
@@ -228,10 +238,9 @@ def runs(
     from hyperprior.terminal import Terminal
 
     found = [job.describe(run) for run in job.find(folders or [Path("runs")])]
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        Terminal().say(job.table(found))
+    terminal = Terminal(as_json=as_json)
+    terminal.say(job.table(found))
+    terminal.tell(found)
 
 
 @app.command()
@@ -247,11 +256,9 @@ def compare(
     from hyperprior import runs as job
     from hyperprior.terminal import Terminal
 
-    found = job.compare(a, b)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        Terminal().say(job.comparison(found))
+    terminal, found = Terminal(as_json=as_json), job.compare(a, b)
+    terminal.say(job.comparison(found))
+    terminal.tell(found)
 
 
 @app.command()
@@ -270,8 +277,10 @@ def inspect(
     from hyperprior import pack
     from hyperprior.terminal import Terminal
 
-    report = pack.inspect(sources, patch_size, allow_pipe, Terminal(quiet=as_json))
-    print(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
+    terminal = Terminal(as_json=as_json)
+    report = pack.inspect(sources, patch_size, allow_pipe, terminal)
+    terminal.say("\n".join(report.lines()))
+    terminal.tell(report.to_dict())
     if report.damaged:
         raise typer.Exit(3)
 
@@ -293,6 +302,7 @@ def pack_command(
     allow_pipe: Annotated[
         bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Write even WebDataset shards from images, tars or URLs. Started again, it goes on where it stopped.
 
@@ -302,7 +312,7 @@ def pack_command(
     from hyperprior.terminal import Terminal
 
     options = pack.Options(images_per_shard, max_side, min_side, encode, quality)
-    pack.pack(sources, out, options, allow_pipe, Terminal())
+    pack.pack(sources, out, options, allow_pipe, Terminal(as_json=as_json))
 
 
 @app.command()
@@ -326,6 +336,8 @@ def evaluate(
         typer.Option(help="An earlier summary.json: exit 1 if a model is worse than the one of its lambda there."),
     ] = None,
     margin: Annotated[float, typer.Option(min=0, help="Of --gate: percent of the loss.")] = 0.5,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Compress and decompress images with models and baselines; compare, plot and show the results.
 
@@ -340,10 +352,8 @@ def evaluate(
     prefer_onednn()
     from hyperprior import evaluate as job
 
-    terminal = Terminal()
     options = job.Options(baselines, published, cache, gate, margin)
-    terminal.say(job.evaluate(models, images, out, options, terminal))
-    terminal.say(f"results are in {out}")
+    job.evaluate(models, images, out, options, Terminal(quiet, as_json=as_json))
 
 
 @app.command()
@@ -355,6 +365,7 @@ def bench(
     ] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
+    as_json: Json = False,
 ) -> None:
     """Measure training step, input, loop and codec, as ratios to what this machine can do.
 
@@ -373,7 +384,7 @@ def bench(
     from hyperprior import checkpoint
     from hyperprior.terminal import Terminal
 
-    found = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, Terminal())
+    found = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, Terminal(as_json=as_json))
     if out:
         checkpoint.write_text(out, json.dumps(found, indent=2) + "\n")
 
@@ -397,12 +408,10 @@ def doctor(
     settings = load_config(config, overrides or []) if config else None
     from hyperprior import doctor as job
 
-    found = job.examine(settings, run)
-    if as_json:
-        print(json.dumps(job.to_dict(found), indent=2))
-        return
+    terminal, found = Terminal(as_json=as_json), job.examine(settings, run)
     for finding in found:
-        Terminal().say(finding.line())
+        terminal.say(finding.line())
+    terminal.tell(job.to_dict(found))
 
 
 @app.command(name="config")

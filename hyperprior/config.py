@@ -167,7 +167,9 @@ class Train(Section):
         "wavelet", "weights to start from: g_a as a wavelet packet of the image and g_s as its inverse, or random ones"
     )
     start_from: Optional[str] = field(
-        None, "start from the best weights of this run of the same dimensions instead, y scaled to this run's lambda"
+        None,
+        "start from the best weights of this run, or from this model or one in the box (q3), of the same dimensions, "
+        "y scaled to this run's lambda",
     )
     proxy: Literal["noise", "rounded"] = field(
         "noise", "what g_s gets in training: y with uniform noise, or y rounded, its gradient passed straight through"

@@ -97,10 +97,10 @@ class Model:
         return f"hyperprior, {METRICS[self.codec.config.loss.metric]}"
 
 
-def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, terminal: Terminal) -> str:
-    """Measures, compares and draws into `out`; gives the summary as Markdown, but for the baselines' points.
+def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, terminal: Terminal) -> dict[str, Any]:
+    """Measures, compares and draws into `out`; says how the models did, and gives what summary.json holds.
 
-    Raises ConfigError and DataError before anything is measured, and GateError after everything is written.
+    Raises ConfigError and DataError before anything is measured, and GateError after everything is written and said.
     """
     photos = find_photos(folder)
     chosen = baselines.choose(options.baselines, terminal.say)
@@ -141,9 +141,12 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     sheet = plots.picture_sheet(title, sheet_rows)
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
     write_text(out / "report.html", report.render(summary, rows, pictures))
+    terminal.say("\n".join(ours))
+    terminal.say(f"results are in {out}; open {out / 'report.html'}")
+    terminal.tell(summary)
     if worse := [verdict for verdict in verdicts if not verdict["passed"]]:
         raise GateError("; ".join(map(say_verdict, worse)))
-    return "\n".join(ours)
+    return summary
 
 
 # What is compared -------------------------------------------------------------------------------------------

@@ -47,6 +47,18 @@ def integers(h_s: transforms.Transform, settings: Model) -> Layers:
     return found
 
 
+def weights(layers: Layers, settings: Model) -> dict[str, np.ndarray]:
+    """The float32 weights that `integers` was given, by their names, to the precision of the integers."""
+    low, step = log_scale_table(settings)
+    found: dict[str, np.ndarray] = {}
+    for number, (kernel, bias) in enumerate(layers):
+        values = kernel / 2.0**WEIGHT_BITS, bias / 2.0**SUM_BITS
+        if number == len(layers) - 1:
+            values = values[0] * step, values[1] * step + low
+        found |= {f"h_s/{number}/{name}": v.astype(np.float32) for name, v in zip(("kernel", "bias"), values)}
+    return found
+
+
 def log_scale_table(settings: Model) -> tuple[float, float]:
     """(logarithm of the smallest scale, step between logarithms): the table is log-spaced."""
     low, high = math.log(settings.scale_min), math.log(settings.scale_max)

@@ -51,6 +51,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         whole = (out / "model.json").is_file() and (out / "saved_model" / "saved_model.pb").is_file()
         if whole and (done := codec.load(out)).info["weights"] == weights:
             terminal.say(f"model    {out}, {done.fingerprint}: exported already")
+            terminal.tell({"model": str(out), "fingerprint": done.fingerprint, **done.info})
             return out
 
     made, arrays, description = make(trained, weights, str(out))
@@ -113,6 +114,7 @@ def make(
 def tell(out: Path, description: dict[str, Any], terminal: Terminal) -> None:
     terminal.say(f"model    {out}, {description['fingerprint']}, weights of step {description['info']['step']}")
     terminal.say(f"         {describe_cost(description['info']['exactness'])}")
+    terminal.tell({"model": str(out), "fingerprint": description["fingerprint"], **description["info"]})
 
 
 def constants(model: ScaleHyperprior, trained: checkpoint.Trained) -> dict[str, np.ndarray]:

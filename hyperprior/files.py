@@ -102,13 +102,14 @@ def pair(
 
 
 def run(
-    jobs: Sequence[Job], label: str, convert: Callable[[Job, bytes], tuple[bytes, str]], terminal: Terminal
+    jobs: Sequence[Job], label: str, convert: Callable[[Job, bytes], tuple[bytes, dict[str, Any]]], terminal: Terminal
 ) -> None:
-    """Converts file by file, with a line for each; what fails is named, and the others go on.
+    """Converts file by file, with a line of what `convert` found for each; what fails is named, and the others go on.
 
     Raises DataError at the end if any failed: the only one's own error, or how many did.
     """
     failed: list[HyperpriorError] = []
+    rows: list[dict[str, Any]] = []
     with terminal.track(label, len(jobs)) as track:
         for done, job in enumerate(jobs, 1):
             try:
@@ -116,10 +117,11 @@ def run(
                     data = sys.stdin.buffer.read() if job.source == STANDARD else Path(job.source).read_bytes()
                 except OSError as error:
                     raise DataError(f"cannot be read: {error.strerror}") from error
-                result, line = convert(job, data)
+                result, found = convert(job, data)
             except (DataError, images.Unusable) as error:
                 kind = type(error) if isinstance(error, DataError) else DataError
                 failed.append(kind(f"{job.source}: {error}"))
+                rows.append({"source": job.source, "error": str(error)})
                 if len(jobs) > 1:
                     terminal.warn(str(failed[-1]))
                 continue
@@ -127,8 +129,10 @@ def run(
                 to_stdout(result)
             else:
                 checkpoint.write_bytes(Path(job.target), result)
-            terminal.say(f"{job.source} → {job.target}  {line}")
+            rows.append({"source": job.source, "target": job.target, **found})
+            terminal.say(f"{job.source} → {job.target}  {describe(found)}")
             track.update(done)
+    terminal.tell(rows)
     if failed:
         raise failed[0] if len(jobs) == 1 else DataError(f"{len(failed)} of {len(jobs)} files failed")
 
@@ -149,15 +153,16 @@ def compress(
     jobs = plan(sources, out, IMAGE_SUFFIXES, SUFFIX, force)
     codec = load(model)
 
-    def convert(job: Job, data: bytes) -> tuple[bytes, str]:
+    def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:
         image, notes = images.photograph(data)
         began = time.perf_counter()
         file = codec.compress(image)
-        seconds = time.perf_counter() - began
-        parts = [describe(len(file), image.shape[0], image.shape[1]), f"{seconds:.2f} s"]
+        found = {**size(image), "bytes": len(file), "seconds": time.perf_counter() - began, "notes": list(notes)}
         if verify:
-            parts.append(quality(image, codec.decompress(file)))
-        return file, "  ".join(parts) + "".join(f"\n  note: {note}" for note in notes)
+            from hyperprior import rd
+
+            found |= rd.distortions(image, codec.decompress(file))
+        return file, found
 
     run(jobs, "compressing", convert, terminal)
 
@@ -184,7 +189,7 @@ def decompress(
             raise ConfigError(f"{job.target}: Pillow writes no `{ending(job)}`; .png, .jpg, .webp and .tif are common")
     codec_of = reader(model)
 
-    def convert(job: Job, data: bytes) -> tuple[bytes, str]:
+    def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:
         codec = codec_of(data)
         began = time.perf_counter()
         pixels = codec.decompress(data, max_pixels or container.MAX_PIXELS)
@@ -195,7 +200,7 @@ def decompress(
             Image.fromarray(pixels).save(file, kind, **BEST.get(kind, {}))
         except Exception as error:  # Pillow raises many types where a format cannot hold an image
             raise DataError(f"cannot be written as {kind}: {error}") from error
-        return file.getvalue(), f"{pixels.shape[1]}x{pixels.shape[0]}  {seconds:.2f} s"
+        return file.getvalue(), {**size(pixels), "seconds": seconds}
 
     run(jobs, "decompressing", convert, terminal)
 
@@ -219,18 +224,22 @@ def reader(model: Optional[str]) -> Callable[[bytes], Codec]:
     return of_file
 
 
-def describe(num_bytes: int, height: int, width: int) -> str:
-    pixels = height * width
-    return f"{width}x{height}  {num_bytes:,} bytes  {8 * num_bytes / pixels:.3f} bpp  {3 * pixels / num_bytes:.1f}:1"
+def size(image: np.ndarray) -> dict[str, Any]:
+    return {"width": image.shape[1], "height": image.shape[0]}
 
 
-def quality(image: np.ndarray, decoded: np.ndarray) -> str:
-    """PSNR and, where the image is large enough, MS-SSIM of 8-bit images."""
-    from hyperprior import rd
-
-    found = rd.distortions(image, decoded)
-    similarity = "" if found["ms_ssim"] is None else f"  MS-SSIM {found['ms_ssim']:.4f}"
-    return f"PSNR {found['psnr_db']:.2f} dB{similarity}"
+def describe(found: dict[str, Any]) -> str:
+    """The line of one file."""
+    parts = [f"{found['width']}x{found['height']}"]
+    if num_bytes := found.get("bytes"):
+        pixels = found["width"] * found["height"]
+        parts.append(f"{num_bytes:,} bytes  {8 * num_bytes / pixels:.3f} bpp  {3 * pixels / num_bytes:.1f}:1")
+    parts.append(f"{found['seconds']:.2f} s")
+    if "psnr_db" in found:
+        parts.append(f"PSNR {found['psnr_db']:.2f} dB")
+    if found.get("ms_ssim") is not None:
+        parts.append(f"MS-SSIM {found['ms_ssim']:.4f}")
+    return "  ".join(parts) + "".join(f"\n  note: {note}" for note in found.get("notes", ()))
 
 
 # info -----------------------------------------------------------------------------------------------------

@@ -202,6 +202,7 @@ def write_shards(found: list[Shard], total: int, out: Path, options: Options, te
     if not paths:
         raise DataError(f"none of the {total} images can be packed")
     kept = sum(len(shards.tar_index(str(path), 0, path.stat().st_size, str(path))) for path in paths)
+    terminal.tell({"shards": [str(path) for path in paths], "images": kept, "left_out": total - kept})
     terminal.say(
         f"{kept:,} images in {len(paths):,} shards below {out}"
         + (f", {total - kept:,} left out" if kept < total else "")

@@ -41,6 +41,7 @@ class Plan:
     out: Path
     jobs: int = 1
     warm_start: bool = False
+    quiet: bool = False  # about the steps of runs that have no log
 
     def folder(self, lmbda: float) -> Path:
         return self.out / f"lambda-{lmbda:g}"
@@ -79,7 +80,9 @@ def sweep(plan: Plan, lambdas: Sequence[float], terminal: Terminal) -> list[Path
     rows = [result(plan, lmbda) for lmbda in lambdas]
     write_text(plan.out / "sweep.md", table(rows))
     terminal.say(table(rows).rstrip())
-    return [plan.folder(lmbda) for lmbda in lambdas]
+    runs = [plan.folder(lmbda) for lmbda in lambdas]
+    terminal.tell([{"run": str(run), **row} for run, row in zip(runs, rows)])
+    return runs
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def search(plan: Plan, column: str, value: float, terminal: Terminal) -> Path:
             break
         lmbda = following(target, found, wanted)
     terminal.say(table(rows).rstrip())
+    terminal.tell([{"run": str(plan.folder(each)), **result(plan, each)} for each in [best]])
     if abs(found[best] - wanted) > target.tolerance:
         terminal.warn(f"lambda {best:g} came nearest, not within {target.spoken}")
     terminal.say(f"{column} is {result(plan, best)[column]:.4g} at lambda {best:g}: {plan.folder(best)}")
@@ -203,7 +207,7 @@ def start(plan: Plan, lmbda: float, origin: Optional[float], slot: int) -> subpr
     if origin is not None:
         overrides.append(f"train.start_from={plan.folder(origin)}")
     command = [sys.executable, "-m", "hyperprior", "train", str(plan.config), *overrides]
-    command += ["--run", str(plan.folder(lmbda))]
+    command += ["--run", str(plan.folder(lmbda)), *(["--quiet"] if plan.quiet and plan.jobs == 1 else [])]
     environment = dict(os.environ)
     if plan.jobs > 1 and (gpus := visible_gpus()):
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot]

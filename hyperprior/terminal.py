@@ -1,10 +1,12 @@
-"""What commands say: a progress bar on a terminal, plain lines elsewhere, and one-line errors."""
+"""What commands say: a progress bar on a terminal, plain lines elsewhere, one-line errors, or JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from collections.abc import Iterator
-from typing import Optional
+from typing import Any, Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,15 +14,24 @@ from rich.table import Table
 
 
 class Terminal:
-    """`say` for what happens, `warn` for what may be wrong, `track` for what takes long."""
+    """`say` for what happens, `warn` for what may be wrong, `track` for what takes long.
 
-    def __init__(self, quiet: bool = False, to_stderr: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet, stderr=to_stderr)
+    With `as_json` all that is printed is what `tell` gets, and warnings.
+    """
+
+    def __init__(self, quiet: bool = False, to_stderr: bool = False, as_json: bool = False):
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet or as_json, stderr=to_stderr)
+        self.as_json, self.to_stderr = as_json, to_stderr
         self.errors = Console(highlight=False, soft_wrap=True, stderr=True)
         self._progress: Optional[Progress] = None
 
     def say(self, text: str | Table) -> None:
         self.console.print(text, markup=False)
+
+    def tell(self, found: Any) -> None:
+        """What a command found, for programs; once for each command."""
+        if self.as_json:
+            print(json.dumps(found, indent=2), file=sys.stderr if self.to_stderr else sys.stdout)
 
     def warn(self, text: str) -> None:
         self.errors.print(f"warning: {text}", style="yellow", markup=False)

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, initial, lanes, monitor, rd, steps, stream, summaries
+from hyperprior import checkpoint, codec, initial, lanes, monitor, rd, steps, stream, summaries
 from hyperprior.config import DOWNSAMPLING, Config, differences, flat, render, validate
 from hyperprior.distribute import World
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, LostWorker, Stopped
@@ -201,7 +201,10 @@ class Trainer:
         settings = self.settings.train
         if settings.start_from:
             origin = Path(settings.start_from)
-            trained = checkpoint.best_weights(origin, self.terminal.warn)
+            if (origin / "checkpoints").is_dir():
+                trained = checkpoint.best_weights(origin, self.terminal.warn)
+            else:
+                trained = codec.load(origin).trained()
             arrays = initial.rescale(trained.arrays, trained.settings.loss, self.settings.loss)
             checkpoint.assign(self.model.named_variables(), arrays, f"train.start_from: {origin}")
         elif settings.initial == "wavelet":

@@ -53,4 +53,6 @@ def test_they_are_on_kodak_what_they_were_and_a_spoiled_one_is_not(
     arrays["g_s/2/kernel"].reshape(-1)[::20] = 0.0
     checkpoint.save(tmp_path / "q3.npz", arrays, {**state, "fingerprint": codec.fingerprint(arrays)})
     evaluate = ["evaluate", "q3.npz", "--images", samples / "kodak", *gate, "--out", "spoiled"]
-    assert "q3.npz is worse" in hyperprior(*evaluate, check=1).stderr
+    spoiled = hyperprior(*evaluate, "--json", check=1)
+    assert "q3.npz is worse" in spoiled.stderr
+    assert [verdict["passed"] for verdict in json.loads(spoiled.stdout)["gate"]] == [False]

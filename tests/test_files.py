@@ -272,6 +272,28 @@ def test_models_in_the_box_go_by_quality_and_know_their_own_files(box: Path, run
     assert not (tmp_path / "z.png").exists()
 
 
+def test_with_json_every_file_is_told_and_nothing_else(
+    hyperprior: Command, run: Path, model: Codec, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    photo(4, 200, 180).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_bytes(b"no image")
+    photo(4, 30, 20).save(tmp_path / "in" / "c.png")
+    done = hyperprior("compress", "in", "--model", run, "-o", "out", "--verify", "--json", check=3)
+    a, b, c = json.loads(done.stdout)
+    assert (a["source"], a["target"], a["width"], a["height"]) == ("in/a.png", "out/a.hyp", 200, 180)
+    assert a["bytes"] == (tmp_path / "out" / "a.hyp").stat().st_size and a["psnr_db"] > 10 and a["ms_ssim"] > 0
+    assert b["source"] == "in/b.png" and "error" in b and c["ms_ssim"] is None
+    decoded = json.loads(hyperprior("decompress", "out", "--model", run, "--json").stdout)
+    assert [(row["target"], row["width"]) for row in decoded] == [("out/a.png", 200), ("out/c.png", 30)]
+    exported = json.loads(hyperprior("export", run, "--out", "m", "--json").stdout)
+    assert exported["fingerprint"] == model.fingerprint and exported == json.loads(
+        hyperprior("export", run, "--out", "m", "--json").stdout
+    )
+    packed = json.loads(hyperprior("pack", "in", "--out", "shards", "--json").stdout)
+    assert packed == {"shards": ["shards/shards-000000.tar"], "images": 2, "left_out": 1}
+
+
 def test_info_tells_files_models_and_runs_apart(hyperprior: Command, run: Path, model: Codec, tmp_path: Path) -> None:
     data = model.compress(np.asarray(photo(4)))
     (tmp_path / "x.hyp").write_bytes(data)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import photo
+from conftest import browser_tab, photo
 
 from hyperprior import report
 
@@ -65,17 +64,7 @@ def test_a_report_needs_no_network_and_no_name_can_break_it(page: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_in_a_browser_the_slider_slides_tables_sort_and_nothing_is_wrong(page: Path, width: int, scheme: Any) -> None:
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium")
-    assert chromium, "needs Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        wrong: list[str] = []
-        tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on("dialog", lambda dialog: wrong.append(dialog.message))
+    with browser_tab(viewport={"width": width, "height": 900}, color_scheme=scheme) as (tab, wrong):
         tab.goto(page.as_uri())
         assert tab.evaluate("document.documentElement.scrollWidth") <= width  # nothing hangs over the side
         assert tab.locator("svg").count() == 2
@@ -112,5 +101,4 @@ def test_in_a_browser_the_slider_slides_tables_sort_and_nothing_is_wrong(page: P
         dots = tab.locator("svg circle").count()
         tab.get_by_role("button", name="JPEG", exact=True).first.click()
         assert tab.locator("svg circle").count() < dots
-        browser.close()
     assert not wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import subprocess
@@ -73,10 +74,11 @@ def test_runs_at_a_time_give_the_same_table_and_are_evaluated_together(
     for i in range(2):
         photo(i).save(tmp_path / "photos" / f"{i}.png")
     options = ["--images", "photos", "--baselines", "none"]
-    done = hyperprior(*arguments, "--out", "two", "--jobs", "2", *options).stdout
+    done = json.loads(hyperprior(*arguments, "--out", "two", "--jobs", "2", *options, "--json").stdout)
     assert (tmp_path / "one" / "sweep.md").read_text() == (tmp_path / "two" / "sweep.md").read_text()
     assert "step" in (tmp_path / "two" / "lambda-0.05.log").read_text()
-    assert "lambda-0.002" in done and (tmp_path / "two" / "results" / "summary.md").exists()
+    assert [row["run"] for row in done] == ["two/lambda-0.002", "two/lambda-0.05"] and done[0]["bpp"] < done[1]["bpp"]
+    assert "lambda-0.002" in (tmp_path / "two" / "results" / "summary.md").read_text()
 
 
 def test_what_cannot_be_swept_is_refused_before_anything_is_trained(
