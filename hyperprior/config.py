@@ -86,6 +86,14 @@ class Data(Section):
     patches_per_image: int = field(
         1, "random patches cut from an image each time it is decoded; they go to successive batches", ge=1
     )
+    min_scale: float = field(
+        1.0,
+        "patches are cut from the image scaled down by a random factor between this and 1, which removes traces of "
+        "JPEG; an image that would become smaller than the patch is scaled down less",
+        gt=0,
+        le=1,
+    )
+    flip: bool = field(False, "mirror half of the patches, left to right")
     eval_crop: Union[int, Literal["full"]] = field(
         256, "side of the centre crop in validation and test, a multiple of 64, or `full`: the whole image"
     )

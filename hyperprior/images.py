@@ -12,7 +12,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 from PIL import Image
@@ -41,19 +41,39 @@ def decode(data: bytes) -> np.ndarray:
     return to_rgb(open_image(data))
 
 
-def cut_patches(data: bytes, size: int, places: Sequence[tuple[int, int]], *, upscale: bool = False) -> np.ndarray:
+class Place(NamedTuple):
+    """Where a patch is cut: `top` and `left` are random integers, taken modulo the number of possible positions.
+
+    It is cut from the image scaled by `scale` (at most 1), but never so small that the patch would not fit, and
+    mirrored if `flip`.
+    """
+
+    top: int
+    left: int
+    scale: float = 1.0
+    flip: bool = False
+
+    def window(self, height: int, width: int, size: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the pixels that become the patch."""
+        side = min(round(size / self.scale), height, width)
+        return self.top % (height - side + 1), self.left % (width - side + 1), side, side
+
+    def finish(self, pixels: np.ndarray, size: int) -> np.ndarray:
+        if len(pixels) != size:
+            pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+        return pixels[:, ::-1] if self.flip else pixels
+
+
+def cut_patches(data: bytes, size: int, places: Sequence[Place], *, upscale: bool = False) -> np.ndarray:
     """Random patches: [P, size, size, 3] uint8, one for each of `places`.
 
-    A place is a pair of random integers; modulo the number of possible positions they are the patch's top
-    and left. With `upscale` a smaller image is enlarged until its shorter side fits, else it is TooSmall.
-    Raises Unusable.
+    With `upscale` a smaller image is enlarged until its shorter side fits, else it is TooSmall. Raises Unusable.
     """
     if is_jpeg(data):
         height, width = jpeg_size(data)
         # The fused operation reads no further than it must, so it cannot know that a file is cut off.
         if len(places) == 1 and min(height, width) >= size and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-            top, left = position(places[0], height, width, size)
-            return decode_jpeg(data, (top, left, size, size))[None]
+            return places[0].finish(decode_jpeg(data, places[0].window(height, width, size)), size)[None]
         check_size(height, width, size, upscale)
         image = decode_jpeg(data)
     else:
@@ -63,8 +83,9 @@ def cut_patches(data: bytes, size: int, places: Sequence[tuple[int, int]], *, up
     if min(image.shape[:2]) < size:
         image = enlarge(image, size)
     height, width = image.shape[:2]
-    corners = [position(place, height, width, size) for place in places]
-    return np.stack([image[top : top + size, left : left + size] for top, left in corners])
+    windows = [place.window(height, width, size) for place in places]
+    cut = [image[top : top + rows, left : left + columns] for top, left, rows, columns in windows]
+    return np.stack([place.finish(pixels, size) for place, pixels in zip(places, cut)])
 
 
 def centre_crop(data: bytes, size: int) -> np.ndarray:
@@ -74,10 +95,6 @@ def centre_crop(data: bytes, size: int) -> np.ndarray:
     check_size(height, width, size, upscale=False)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
-
-
-def position(place: tuple[int, int], height: int, width: int, size: int) -> tuple[int, int]:
-    return place[0] % (height - size + 1), place[1] % (width - size + 1)
 
 
 def check_size(height: int, width: int, size: int, upscale: bool) -> None:

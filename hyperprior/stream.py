@@ -221,14 +221,16 @@ class Lane:
         if isinstance(sample, Lost):
             raise LostShard(sample.reason)
         # Keyed by the sample, not the lane: an image is cut alike whatever the batch size.
-        bits = [
-            lanes.draw(self.seed, "crop", at.epoch, sample.key, patch)
-            for patch in range(self.settings.patches_per_image)
-        ]
-        places = [(b >> 32, b & 0xFFFFFFFF) for b in bits]
+        places = [self.place(at.epoch, sample.key, patch) for patch in range(self.settings.patches_per_image)]
         return images.cut_patches(
             read(sample), self.settings.patch_size, places, upscale=self.settings.small_images == "upscale"
         )
+
+    def place(self, *patch: object) -> images.Place:
+        bits = lanes.draw(self.seed, "crop", *patch)
+        scale = 1.0 - (1.0 - self.settings.min_scale) * lanes.unit(self.seed, "scale", *patch)
+        flip = self.settings.flip and lanes.unit(self.seed, "flip", *patch) < 0.5
+        return images.Place(bits >> 32, bits & 0xFFFFFFFF, scale, flip)
 
 
 def kind_of(error: images.Unusable) -> Literal["bad", "small", "lost"]:

@@ -11,7 +11,7 @@ from conftest import encoded, photo
 from PIL import Image
 
 from hyperprior import images
-from hyperprior.images import TooSmall, Unusable, centre_crop, cut_patches, decode, jpeg_size
+from hyperprior.images import Place, TooSmall, Unusable, centre_crop, cut_patches, decode, jpeg_size
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -32,7 +32,7 @@ def test_jpegs_decode_as_pillow_does(mode: str, options: dict[str, object]) -> N
     expected = pixels(Image.open(io.BytesIO(data)))
     assert np.array_equal(decode(data), expected)
     # The fused crop may interpolate chroma differently in the outermost columns of the window.
-    patch = cut_patches(data, 64, [(5, 7)])[0]
+    patch = cut_patches(data, 64, [Place(5, 7)])[0]
     assert np.abs(patch[:, 2:-2].astype(int) - expected[5:69, 9:69].astype(int)).max() <= 1
 
 
@@ -65,10 +65,27 @@ def test_transparency_is_flattened_onto_white() -> None:
 def test_a_patch_is_that_part_of_the_image_and_places_wrap() -> None:
     data = encoded(photo(5), "PNG")
     whole = pixels(photo(5))
-    patches = cut_patches(data, 64, [(0, 0), (16, 32), (17, 33), (10**9, 10**9)])
+    patches = cut_patches(data, 64, [Place(0, 0), Place(16, 32), Place(17, 33), Place(10**9, 10**9)])
     assert patches.shape == (4, 64, 64, 3)
     assert np.array_equal(patches[1], whole[16:, 32:])
     assert np.array_equal(patches[2], whole[:64, :64])  # 17 and 33 positions: one more starts over
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_patch_may_be_scaled_down_and_mirrored(kind: str) -> None:
+    image = photo(5, 200, 160)
+    data = encoded(image, kind)
+    whole = decode(data)
+    for count in (1, 2):  # of a JPEG one patch is decoded by itself
+        half = cut_patches(data, 64, [Place(7, 9, 0.5)] * count)[-1]
+        expected = Image.fromarray(whole[7:135, 9:137]).resize((64, 64), Image.Resampling.LANCZOS)
+        assert np.abs(half.astype(int) - pixels(expected)).max() <= 2
+        mirrored = cut_patches(data, 64, [Place(7, 9, 0.5, flip=True)] * count)[-1]
+        assert np.array_equal(mirrored, half[:, ::-1])
+        least = cut_patches(data, 64, [Place(7, 9, 0.1)] * count)[-1]  # the whole height, no more
+        assert least.shape == (64, 64, 3)
+        expected = Image.fromarray(whole[:, 9 : 9 + 160]).resize((64, 64), Image.Resampling.LANCZOS)
+        assert np.abs(least.astype(int) - pixels(expected)).max() <= 2
 
 
 def test_the_centre_crop_is_in_the_middle() -> None:
@@ -79,8 +96,8 @@ def test_small_images_are_too_small_or_enlarged() -> None:
     for kind in ("PNG", "JPEG"):
         data = encoded(photo(7, 50, 90), kind)
         with pytest.raises(TooSmall, match="50x90 is smaller than 64x64"):
-            cut_patches(data, 64, [(0, 0)])
-        assert cut_patches(data, 64, [(3, 3)], upscale=True).shape == (1, 64, 64, 3)
+            cut_patches(data, 64, [Place(0, 0)])
+        assert cut_patches(data, 64, [Place(3, 3)], upscale=True).shape == (1, 64, 64, 3)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
@@ -89,13 +106,13 @@ def test_small_images_are_too_small_or_enlarged() -> None:
 def test_a_truncated_file_is_unusable_wherever_the_patch_lies(kind: str, places: int, share: float) -> None:
     data = encoded(photo(8, 300, 300), kind)
     with pytest.raises(Unusable):
-        cut_patches(data[: int(len(data) * share)], 64, [(0, 0)] * places)
+        cut_patches(data[: int(len(data) * share)], 64, [Place(0, 0)] * places)
 
 
 def test_a_jpeg_with_bytes_after_its_end_is_good() -> None:
     data = encoded(photo(9))
     for tail in (b"\0" * 100, b"camera maker's notes"):
-        assert np.array_equal(cut_patches(data + tail, 64, [(1, 1)]), cut_patches(data, 64, [(1, 1)]))
+        assert np.array_equal(cut_patches(data + tail, 64, [Place(1, 1)]), cut_patches(data, 64, [Place(1, 1)]))
 
 
 @pytest.mark.parametrize(

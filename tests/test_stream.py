@@ -76,6 +76,20 @@ def test_an_image_is_cut_elsewhere_in_each_epoch(flat_tar: Path) -> None:
     assert sum(len(patches) >= 2 for patches in cut.values()) > 20
 
 
+def test_half_of_the_patches_are_mirrored_and_the_others_are_as_they_were(flat_tar: Path) -> None:
+    plain = read(settings(f"data.train=[{flat_tar}]"), 18)
+    flipped = read(settings(f"data.train=[{flat_tar}]", "data.flip=true"), 18)
+    mirrored = 0
+    for a, b in zip(plain, flipped):
+        assert a.keys == b.keys
+        for image, other in zip(a.images, b.images):
+            mirrored += not np.array_equal(image, other)
+            assert np.array_equal(image, other) or np.array_equal(image[:, ::-1], other)
+    assert 20 < mirrored < 52  # of 72
+    scaled = read(settings(f"data.train=[{flat_tar}]", "data.min_scale=0.5"), 18)
+    assert all(not np.array_equal(a.images, b.images) for a, b in zip(plain, scaled))
+
+
 def test_patches_of_an_image_come_from_one_decode(flat_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     whole = images.cut_patches
