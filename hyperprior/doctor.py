@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 
 def examine(settings: Optional[Config], run: Path) -> list[Finding]:
     """Looks at the machine, and with a config at its sources, memory and speed for some seconds."""
-    found = [software(), *gpus(), cpu(), memory(settings), disk(run)]
+    found = [software(), *gpus(), cpu(), *precision(settings), memory(settings), disk(run)]
     if settings and settings.data.train:
         found += sources(settings)
     return found
@@ -87,11 +87,31 @@ def loads(library: str) -> bool:
 
 
 def cpu() -> Finding:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    known = [name for name in ("avx2", "avx512f", "avx512_vnni", "amx_bf16") if f" {name} " in flags]
+    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpu_flags()]
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
     onednn = f"TF_ENABLE_ONEDNN_OPTS={setting}" if setting else "oneDNN where TensorFlow thinks it pays"
     return Finding("CPU", f"{len(os.sched_getaffinity(0))} cores, {', '.join(known) or 'no AVX2'}, {onednn}")
+
+
+def cpu_flags() -> set[str]:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.split())
+    return set()
+
+
+def precision(settings: Optional[Config]) -> list[Finding]:
+    """Whether training on this CPU gains from bfloat16."""
+    if settings is None or tf.config.list_physical_devices("GPU"):
+        return []
+    able, chosen = bool({"avx512_bf16", "amx_bf16"} & cpu_flags()), settings.train.precision
+    if able and chosen == "float32":
+        text = "this CPU multiplies bfloat16: steps take 0.6 to 0.7 of the time with train.precision=mixed_bfloat16"
+        return [Finding("precision", text)]
+    if not able and chosen != "float32":
+        return [Finding("precision", f"{chosen} is slower than float32 on this CPU", "train.precision=float32")]
+    return []
 
 
 def memory(settings: Optional[Config]) -> Finding:

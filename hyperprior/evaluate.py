@@ -102,7 +102,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 
     Raises ConfigError and DataError before anything is measured, and GateError after everything is written and said.
     """
-    photos = find_photos(folder)
+    photos = find_photos(folder, terminal.warn)
     chosen = baselines.choose(options.baselines, terminal.say)
     published = read_published(options.published, photos)
     models = load_models(paths)
@@ -152,8 +152,8 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 # What is compared -------------------------------------------------------------------------------------------
 
 
-def find_photos(folder: Path) -> list[Photo]:
-    """The images in `folder`, by name, each decoded once. Raises DataError."""
+def find_photos(folder: Path, warn: Callable[[str], None]) -> list[Photo]:
+    """The images in `folder`, by name, each decoded once; `warn` hears of those that cannot be. Raises DataError."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
@@ -162,11 +162,17 @@ def find_photos(folder: Path) -> list[Photo]:
         raise DataError(f"--images {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     photos = []
     for path in paths:
-        pixels = Photo(path, 0, 0, "").pixels()
+        try:
+            pixels = Photo(path, 0, 0, "").pixels()
+        except DataError as error:
+            warn(f"{error}; it is left out")
+            continue
         height, width = pixels.shape[:2]
         photos.append(
             Photo(path, height, width, hashlib.sha256(b"%dx%d " % (height, width) + pixels.tobytes()).hexdigest())
         )
+    if not photos:
+        raise DataError(f"--images {folder} holds no image that can be used")
     return photos
 
 

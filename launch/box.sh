@@ -4,7 +4,7 @@
 #
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
 #
-# Started again it goes on. STEPS=6500 of the first run, half as many of the others.
+# Started again it goes on. STEPS=13000 of the first run, half as many of the others.
 # HYPERPRIOR names an installed command to use; without it .venv is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ fi
 data=("data.train=[$1]" "data.val=[$2]")
 images="$3"
 shift 3
-steps="${STEPS:-6500}"
+steps="${STEPS:-13000}"
 find_hyperprior || exit
 
 train() {  # lambda, steps, what to start from

@@ -207,11 +207,19 @@ def test_a_warm_up_is_not_counted(tmp_path: Path, folder: Path, models: dict[str
     assert models["a"].calls - before == 1 + 3 + 3  # warm-up, images, sheet
 
 
-def test_a_bad_image_is_named(tmp_path: Path, folder: Path, models: dict[str, JpegModel]) -> None:
+def test_a_bad_image_is_named_and_left_out(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = run(tmp_path, "a", folder)
     (folder / "broken.png").write_bytes(encoded(textured(3), "PNG")[:2000])
-    with pytest.raises(DataError, match=r"broken\.png cannot be used"):
-        run(tmp_path, "a", folder)
-    assert not (tmp_path / "out").exists()
+    found = run(tmp_path, "a", folder, out="again")
+    assert "broken.png cannot be used" in capsys.readouterr().err
+    assert found["images"] == before["images"] and found["points"][0]["bytes"] == before["points"][0]["bytes"]
+    (tmp_path / "bad").mkdir()
+    (folder / "broken.png").rename(tmp_path / "bad" / "broken.png")
+    with pytest.raises(DataError, match="holds no image that can be used"):
+        run(tmp_path, "a", tmp_path / "bad", out="none")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(DataError, match="holds no image"):
         run(tmp_path, "a", tmp_path / "images" / "..")
     with pytest.raises(DataError, match="cannot be read"):
@@ -265,7 +273,7 @@ def test_the_gate_finds_its_result_by_lambda_and_then_by_name(
     models["renamed"] = JpegModel(30, 0.0035)
     models["e"] = JpegModel(61, 0.0018)
     found = [evaluate.Model(name, models[name]) for name in ("renamed", "e")]
-    gate = evaluate.read_gate(stored, tmp_path / "again", evaluate.find_photos(folder), found)
+    gate = evaluate.read_gate(stored, tmp_path / "again", evaluate.find_photos(folder, print), found)
     assert {name: point["point"] for name, point in gate.items()} == {"renamed": "b", "e": "e"}
 
 
@@ -323,7 +331,7 @@ def test_baselines_on_kodak_agree_with_published_points(
 ) -> None:
     if not (samples / "kodak").is_dir():
         pytest.skip("HYPERPRIOR_SAMPLES has no kodak/")
-    photos = evaluate.find_photos(samples / "kodak")
+    photos = evaluate.find_photos(samples / "kodak", print)
     baseline = BASELINES[name]
     label = baseline.label.replace(" optimized", "")
     published = [p for p in evaluate.read_published(None, photos) if p["curve"] == label]
@@ -363,7 +371,7 @@ def test_baselines_are_measured_once(
     def run_again() -> tuple[int, list[dict[str, Any]]]:
         """How many baseline points are measured, not kept; and the rows without the model's."""
         measured.clear()
-        photos, chosen = evaluate.find_photos(folder), [BASELINES["jpeg"], BASELINES["webp"]]
+        photos, chosen = evaluate.find_photos(folder, print), [BASELINES["jpeg"], BASELINES["webp"]]
         rows = evaluate.measure(photos, [evaluate.Model("a", models["a"])], chosen, cache(), QUIET)
         return len(measured) - len(photos), [row for row in rows if row["kind"] == "baseline"]
 

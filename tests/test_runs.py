@@ -7,10 +7,12 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from conftest import TINY, Command
 from test_train import start, wait_for
 
-from hyperprior import runs
+from hyperprior import doctor, runs
+from hyperprior.config import load_config
 
 
 def test_runs_are_listed_with_their_state_and_compared(
@@ -68,3 +70,14 @@ def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(
     assert any(line.startswith("! sources") and "missing.tar" in line for line in lines)
     hidden = hyperprior("doctor", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
     assert "CUDA_VISIBLE_DEVICES hides them" in hidden
+
+
+def test_the_doctor_knows_where_bfloat16_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(flags: set[str], precision: str) -> list[str]:
+        monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)
+        return [finding.line() for finding in doctor.precision(load_config(None, [f"train.precision={precision}"]))]
+
+    assert "train.precision=mixed_bfloat16" in told({"avx512_bf16"}, "float32")[0]
+    assert told({"avx512_bf16"}, "mixed_bfloat16") == told({"avx2"}, "float32") == []
+    assert told({"avx2"}, "mixed_bfloat16")[0].startswith("! precision")
+    assert doctor.precision(None) == []

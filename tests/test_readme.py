@@ -1,0 +1,101 @@
+"""Every command of the README does what it says, in the order in which a reader would type them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import Command, encoded, photo, tar_bytes
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# What other tests start, and what makes the installation that all tests run in.
+ELSEWHERE = ("git", "pip", "tensorboard", "sbatch", "kubectl", ".venv/bin/pdoc")
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def stand_in(name: str) -> str:
+    """A config of the README that takes seconds: a few steps on small patches, a small model where it starts anew."""
+    tree: dict[str, Any] = yaml.safe_load((ROOT / "configs" / name).read_text())
+    tree["data"] |= {"patch_size": 64, "eval_crop": 192, "train": ["ILSVRC2012_img_train.tar"], "val_split": 0.2}
+    tree["data"] |= {"test_split": 0.2, "val": [], "test": []}
+    if "start_from" not in tree["train"]:
+        tree["model"] = {"num_filters": 8, "latent_channels": 8, "hyper_channels": 8}
+    tree["train"] |= {"steps": 4, "validate_every": 2, "checkpoint_every": 2, "batch_size": 2, "warmup_steps": 0}
+    tree["train"].pop("epochs", None)
+    return yaml.safe_dump(tree)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_in_their_order(
+    hyperprior: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, count in (("photos", 16), ("kodak", 2), ("folder", 3), ("configs", 0)):
+        Path(folder).mkdir()
+        for index in range(count):
+            photo(index, 220 + index, 200).save(Path(folder, f"{index}.png"))
+    for name in ("imagenet_mse.yaml", "imagenet_ms_ssim.yaml", "photos.yaml", "quickstart.yaml"):
+        Path("configs", name).write_text(stand_in(name))
+    Path("photo.jpg").write_bytes(encoded(photo(1, 300, 200)))
+    members = [(f"n{i}.JPEG", encoded(photo(i, 230, 220))) for i in range(20)]
+    Path("ILSVRC2012_img_val.tar").write_bytes(tar_bytes(members))
+    classes = [(f"n{i}.tar", tar_bytes([(f"n{i}_{name}", data) for name, data in members])) for i in range(2)]
+    Path("ILSVRC2012_img_train.tar").write_bytes(tar_bytes(classes))
+    ran = 0
+    for command in commands():
+        if command[0] == "hyperprior":
+            for lmbda, run in ((0.05, "runs/c"), (0.1, "runs/d")):  # which the launch scripts would have made
+                if run in command:
+                    hyperprior("train", "configs/imagenet_mse.yaml", f"loss.lambda={lmbda}", "--run", run)
+            hyperprior(*command[1:])
+            ran += 1
+        elif command[0].startswith("./launch/"):
+            assert (ROOT / command[0]).stat().st_mode & 0o100
+        else:
+            assert command[0] in ELSEWHERE, command
+        for word in command:
+            if word.startswith(("launch/", "./launch/")):
+                assert (ROOT / word).is_file()
+    assert ran > 20
+    assert {path.name for path in Path("compressed").iterdir()} == {f"{i}.hyp" for i in range(16)}
+    assert Path("results", "report.html").stat().st_size > 10_000
+    image = np.asarray(Image.open("photo.jpg"))
+    for block in blocks("python"):
+        names: dict[str, Any] = {"image": image}
+        exec(block, names)  # on what the reader would have
+        assert names["image"].shape == image.shape and len(names["data"]) < image.nbytes
+
+
+@pytest.mark.slow
+def test_docstrings_become_pages(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "pdoc", "hyperprior", "-o", tmp_path], check=True, cwd=ROOT)
+    pages = {path.stem: path.read_text() for path in (tmp_path / "hyperprior").glob("*.html")}
+    assert {"codec", "model", "train", "stream"} <= pages.keys()
+    assert "A whole <code>.hyp</code> file of an [H, W, 3] uint8 image" in pages["codec"]
+
+
+def test_what_the_readme_names_is_there() -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+        assert (ROOT / path).exists(), path
+    tree = README[README.index("A file imports only from those above it") :]
+    for name in re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE):
+        assert (ROOT / "hyperprior" / name).is_file(), name
+    listed = set(re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE))
+    assert listed == {path.name for path in (ROOT / "hyperprior").glob("*.py")} - {"__init__.py", "__main__.py"}
