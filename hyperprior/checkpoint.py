@@ -105,7 +105,10 @@ def load(path: Path, expected: int | str = FORMAT) -> tuple[dict[str, np.ndarray
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"{path} is damaged: {error}") from error
     if state.get("format") != expected:
-        raise ConfigError(f"{path} has format {state.get('format')}; this version reads format {expected}")
+        raise ConfigError(
+            f"{path} has format {state.get('format')}; this version reads format {expected}: "
+            f"use the version that wrote it"
+        )
     return arrays, state
 
 
@@ -181,13 +184,20 @@ def assign(variables: dict[str, Any], arrays: dict[str, np.ndarray], origin: str
     """
     for name, variable in variables.items():
         if name not in arrays:
-            raise ConfigError(f"{origin} has no `{name}` {tuple(variable.shape)}; it holds another model or optimizer")
+            raise ConfigError(
+                f"{origin} has no `{name}` {tuple(variable.shape)}; it holds another model or optimizer: "
+                f"give this config its keys of `model` and `train`"
+            )
         if tuple(variable.shape) != arrays[name].shape:
             raise ConfigError(
-                f"{origin}: `{name}` has shape {arrays[name].shape}; this config expects {tuple(variable.shape)}"
+                f"{origin}: `{name}` has shape {arrays[name].shape}; this config expects "
+                f"{tuple(variable.shape)}: give it that run's keys of `model`"
             )
     if extra := sorted(arrays.keys() - variables.keys()):
-        raise ConfigError(f"{origin} holds `{extra[0]}`, which this config's model or optimizer does not have")
+        raise ConfigError(
+            f"{origin} holds `{extra[0]}`, which this config's model or optimizer does not have: "
+            f"give it that run's keys of `model` and `train`"
+        )
     for name, variable in variables.items():
         variable.assign(arrays[name])
 
@@ -199,7 +209,7 @@ def only_one(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / "lock").open("a")
     except OSError as error:
-        raise ConfigError(f"run directory {run} cannot be used: {error.strerror}") from error
+        raise ConfigError(f"run directory {run} cannot be used: {error.strerror}; choose another --run") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

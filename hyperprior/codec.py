@@ -151,7 +151,8 @@ class Codec:
         stream = container.read(bytes(data), max_pixels)
         if stream.fingerprint.hex() != self.fingerprint:
             raise BitstreamError(
-                f"written with model {stream.fingerprint.hex()}; {self.origin} is model {self.fingerprint}"
+                f"written with model {stream.fingerprint.hex()}; {self.origin} is model {self.fingerprint}: "
+                f"give the one that wrote it"
             )
         return stream
 

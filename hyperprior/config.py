@@ -373,7 +373,9 @@ def load_config(path: Optional[Path], overrides: list[str]) -> Config:
                 node[section] = {}
             node = node[section]
             if not isinstance(node, dict):
-                raise ConfigError(f"`{override}`: `{section}` is not a section")
+                raise ConfigError(
+                    f"`{override}`: `{section}` is not a section; {', '.join(name for name in Config.model_fields if name != 'seed')} are"
+                )
         node[leaf] = parse_yaml(value, f"`{override}`")
         if leaf == "steps" and sections == ["train"]:  # the latest word on the length wins
             node.pop("epochs", None)

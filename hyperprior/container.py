@@ -55,20 +55,22 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
         raise BitstreamError(f"not a .hyp file: it starts with {data[:4].hex(' ') or 'nothing'}")
     if len(data) > len(MAGIC) and data[len(MAGIC)] != VERSION:
-        raise BitstreamError(f"format version {data[len(MAGIC)]}; this release reads version {VERSION}")
+        raise BitstreamError(
+            f"format version {data[len(MAGIC)]}; this release reads version {VERSION}: another release wrote it"
+        )
     if len(data) < OVERHEAD:
-        raise BitstreamError(f"cut off: {len(data)} bytes, fewer than the {OVERHEAD} of an empty file")
+        raise BitstreamError(f"cut off: {len(data)} bytes, fewer than the {OVERHEAD} of an empty file; copy it anew")
     _, _, fingerprint, height, width, coded, escapes, checksum = HEADER.unpack_from(data)
     expected = OVERHEAD + coded + 2 * escapes
     if len(data) != expected:
         what = "cut off" if len(data) < expected else "bytes follow its end"
-        raise BitstreamError(f"{what}: {len(data)} bytes; its header tells of {expected}")
+        raise BitstreamError(f"{what}: {len(data)} bytes; its header tells of {expected}; copy it anew")
     if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise BitstreamError("damaged: its bytes do not match their CRC-32")
+        raise BitstreamError("damaged: its bytes do not match their CRC-32; copy it anew")
     if not height or not width:
         raise BitstreamError(f"an image of {width}x{height} pixels")
     if height * width > max_pixels:
-        raise BitstreamError(f"an image of {width}x{height} pixels; at most {max_pixels:,} are decoded")
+        raise BitstreamError(f"an image of {width}x{height} pixels; at most {max_pixels:,} are decoded (--max-pixels)")
     at = HEADER.size + coded
     return Stream(fingerprint, height, width, data[HEADER.size : at], np.frombuffer(data, "<i2", escapes, at), checksum)
 

@@ -21,13 +21,12 @@ from typing import Any, Optional
 
 import numpy as np
 
-from hyperprior import __version__, baselines, codec, images, plots, rd, report
+from hyperprior import __version__, baselines, codec, gate, images, plots, rd, report
 from hyperprior.checkpoint import write_text, write_whole
 from hyperprior.errors import ConfigError, DataError, GateError
 from hyperprior.files import IMAGE_SUFFIXES
 from hyperprior.terminal import Terminal
 
-FORMAT = 1  # of summary.json
 KODAK = {f"kodim{number:02d}.png" for number in range(1, 25)}
 METRICS = {"mse": "MSE", "ms-ssim": "MS-SSIM"}
 SHEET_PICTURES, SHEET_BPP = 4, 0.3  # the sheet shows the model nearest to a rate at which the differences show
@@ -106,20 +105,23 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     chosen = baselines.choose(options.baselines, terminal.say)
     published = read_published(options.published, photos)
     models = load_models(paths)
-    stored = read_gate(options.gate, out, photos, models) if options.gate else {}
+    stored = {}
+    if options.gate:
+        seen = {photo.path.name: photo.sha256 for photo in photos}
+        stored = gate.read(options.gate, out, seen, {model.name: model.facts() for model in models})
     cache = baselines.Cache(options.cache or baselines.default_cache())
 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
 
     rows = measure(photos, models, chosen, cache, terminal)
     points = average(rows, models, chosen) + published
     judged = [point for point in points if point["kind"] == "model" and stored]
-    verdicts = [judge(point, stored[point["point"]], options.margin) for point in judged]
+    verdicts = [gate.judge(point, stored[point["point"]], options.margin) for point in judged]
     summary: dict[str, Any] = {
-        "format": FORMAT,
+        "format": gate.FORMAT,
         "hyperprior": __version__,
         "images": [{"name": p.path.name, "width": p.width, "height": p.height, "sha256": p.sha256} for p in photos],
         "points": points,
@@ -130,7 +132,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     write_text(out / "summary.json", json.dumps(summary, indent=1))
     ours = [f"# {len(photos)} images, {photos[0].path.name} to {photos[-1].path.name}", ""]
     ours += [*describe_points(points, "model"), *describe_bd(summary["bd"])]
-    ours += [f"- Gate: {say_verdict(verdict)}." for verdict in verdicts]
+    ours += [f"- Gate: {gate.say(verdict)}." for verdict in verdicts]
     write_text(
         out / "summary.md", "\n".join([*ours, *describe_points(points, "baseline"), *describe_how(points)]) + "\n"
     )
@@ -145,7 +147,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     terminal.say(f"results are in {out}; open {out / 'report.html'}")
     terminal.tell(summary)
     if worse := [verdict for verdict in verdicts if not verdict["passed"]]:
-        raise GateError("; ".join(map(say_verdict, worse)))
+        raise GateError("; ".join(map(gate.say, worse)))
     return summary
 
 
@@ -157,7 +159,7 @@ def find_photos(folder: Path, warn: Callable[[str], None]) -> list[Photo]:
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
-        raise DataError(f"--images {folder} cannot be read: {error.strerror}") from error
+        raise DataError(f"--images {folder} cannot be read: {error.strerror}; give a directory of images") from error
     if not paths:
         raise DataError(f"--images {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     photos = []
@@ -180,7 +182,7 @@ def load_models(paths: Sequence[Path]) -> list[Model]:
     """The models under short names that differ. Raises what codec.load does, and ConfigError for one given twice."""
     names = [path.resolve().parent.name if path.name == "model" else path.resolve().name for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError("a model is given twice")
+        raise ConfigError("a model is given twice; name each once")
     return [Model(n if names.count(n) == 1 else str(p), codec.load(p)) for n, p in zip(names, paths)]
 
 
@@ -339,67 +341,6 @@ def compare(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     result[quality] = {"refused": str(reason)}
             results.append(result)
     return results
-
-
-# The gate ---------------------------------------------------------------------------------------------------
-
-
-def read_gate(path: Path, out: Path, photos: Sequence[Photo], models: Sequence[Model]) -> dict[str, dict[str, Any]]:
-    """For each model's name the stored point it has to match: the one of its metric and lambda.
-
-    So a model may be retrained, renamed or differently built. Where several were stored, the one of its name
-    counts. Raises ConfigError where the file, its images or its models do not fit.
-    """
-    if path.resolve() == (out / "summary.json").resolve():
-        raise ConfigError(f"--gate {path} would be overwritten by the new result; choose another --out")
-    try:
-        summary = json.loads(path.read_text())
-        before = {image["name"]: image["sha256"] for image in summary["images"]}
-        points = [
-            {**p, "lambda": float(p["lambda"]), "metric": str(p["metric"]), "loss": float(p.get("loss") or 0.0)}
-            for p in summary["points"]
-            if p["kind"] == "model"
-        ]
-        known = summary["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--gate {path} is no summary.json of `hyperprior evaluate`: {error!r}") from error
-    if not known:
-        raise ConfigError(f"--gate {path} has format {summary['format']}; this version compares format {FORMAT}")
-    now = {photo.path.name: photo.sha256 for photo in photos}
-    if differing := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
-        raise ConfigError(
-            f"--gate {path} was measured on other images: {len(differing)} differ or are missing on one side, "
-            f"first {differing[0]}"
-        )
-    stored = {}
-    for model in models:
-        facts = model.facts()
-        fitting = [p for p in points if p.get("loss") and all(p[k] == facts[k] for k in ("metric", "lambda"))]
-        fitting = [p for p in fitting if p["point"] == model.name] if len(fitting) > 1 else fitting
-        if len(fitting) != 1:
-            there = ", ".join(f"{p['point']} ({p['metric']}, lambda {p['lambda']:g})" for p in points) or "nothing"
-            raise ConfigError(
-                f"--gate {path} has no one result to compare {model.name} ({facts['metric']}, lambda "
-                f"{facts['lambda']:g}) with; it holds {there}"
-            )
-        stored[model.name] = fitting[0]
-    return stored
-
-
-def judge(point: dict[str, Any], stored: dict[str, Any], margin: float) -> dict[str, Any]:
-    """A model's loss on real files beside the stored one; a change of the rate alone, or of lambda's side of the
-    trade, so counts for what it is worth. `margin` in percent."""
-    passed = point["loss"] <= stored["loss"] * (1.0 + margin / 100.0)
-    change = 100.0 * (point["loss"] / stored["loss"] - 1.0)
-    facts = {"point": point["point"], "loss": point["loss"], "stored_loss": stored["loss"]}
-    return {**facts, "change_percent": change, "margin_percent": margin, "passed": passed}
-
-
-def say_verdict(verdict: dict[str, Any]) -> str:
-    return (
-        f"{verdict['point']} is {'as good' if verdict['passed'] else 'worse'}: loss {verdict['loss']:.4f}, stored "
-        f"{verdict['stored_loss']:.4f} ({verdict['change_percent']:+.2f}%, margin {verdict['margin_percent']:g}%)"
-    )
 
 
 # Results ----------------------------------------------------------------------------------------------------

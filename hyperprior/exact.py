@@ -73,7 +73,7 @@ def check(kernel: np.ndarray, bias: np.ndarray, transpose: bool, name: str) -> N
     if not bound < EXACT or not np.abs(kernel).max() < 2**31:
         raise ConfigError(
             f"{name} cannot be made exact: its partial sums may reach {bound:.3g}, and must stay below 2**53; "
-            f"its weights are too large (a run that diverged?)"
+            f"its weights are too large: train the run again with a lower train.learning_rate"
         )
 
 

@@ -74,7 +74,9 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, tf.errors.OpError) as error:
-        raise StorageError(f"{out} cannot be written: {error}") from error
+        raise StorageError(
+            f"{out} cannot be written: {error}; free the disk or choose another --out, and export again"
+        ) from error
     tell(out, description, terminal)
     return out
 
@@ -121,7 +123,10 @@ def constants(model: ScaleHyperprior, trained: checkpoint.Trained) -> dict[str, 
     """Everything that `Codec` is made of. Raises ConfigError where weights are not finite or too large."""
     for name, array in trained.arrays.items():
         if not np.isfinite(array).all():
-            raise ConfigError(f"`{name}` of step {trained.step} is not finite; the run diverged")
+            raise ConfigError(
+                f"`{name}` of step {trained.step} is not finite: the run diverged; "
+                f"train it again with a lower train.learning_rate"
+            )
     settings = trained.settings.model
     z_offsets = exact.offsets(model.z_offset().numpy())
     tables = entropy.build(model.prior, exact.offset_values(z_offsets), settings)

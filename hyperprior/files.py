@@ -68,7 +68,7 @@ def pair(
                 raise ConfigError(f"{path} holds no file with one of {', '.join(suffixes)}")
             found += [(str(p), str(p.relative_to(path))) for p in inside]
         else:
-            raise ConfigError(f"{source} does not exist")
+            raise ConfigError(f"{source} does not exist; name images, directories, or - for stdin")
     several = len(found) > 1 or any(Path(source).is_dir() for source in sources)
     if out == STANDARD and several:
         raise ConfigError(f"{len(found)} files cannot all go to standard output; give a directory with -o")
@@ -274,7 +274,7 @@ def info(path: Path, model: Optional[str]) -> dict[str, Any]:
         return {"kind": "model", **models.describe(path)}
     newest = checkpoint.load_newest(path / "checkpoints", lambda text: None)
     if newest is None:
-        raise ConfigError(f"{path} holds no checkpoint yet")
+        raise ConfigError(f"{path} holds no checkpoint yet; train.checkpoint_every says when")
     state = newest[1]["run"]
     found = {"kind": "run", "step": state["step"], "best_step": state["best_step"], "best_loss": state["best_loss"]}
     with contextlib.suppress(ConfigError):

@@ -200,7 +200,7 @@ def write_shards(found: list[Shard], total: int, out: Path, options: Options, te
                 paths.append(path)
             track.update(first + len(group))
     if not paths:
-        raise DataError(f"none of the {total} images can be packed")
+        raise DataError(f"none of the {total} images can be packed; `hyperprior inspect` says why")
     kept = sum(len(shards.tar_index(str(path), 0, path.stat().st_size, str(path))) for path in paths)
     terminal.tell({"shards": [str(path) for path in paths], "images": kept, "left_out": total - kept})
     terminal.say(

@@ -116,7 +116,7 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     settings = []
     for run in (a, b):
         if not (run / "config.yaml").is_file():
-            raise ConfigError(f"{run} is no run: it has no config.yaml")
+            raise ConfigError(f"{run} is no run: it has no config.yaml; `hyperprior runs DIR` lists those below DIR")
         settings.append(config.load_config(run / "config.yaml", []))
     facts = [describe(run) for run in (a, b)]
     names = ("state", "step", "loss", "bpp", "psnr_db", "ms_ssim")

@@ -214,14 +214,14 @@ def damage(name: str, what: str) -> str:
 def looks_whole(path: str, offset: int, size: int, name: str) -> None:
     """The quick look that every local tar gets before a run starts; raises DataError."""
     if size == 0:
-        raise DataError(f"{name} is empty")
+        raise DataError(f"{name} is empty; copy it anew")
     head = read_at(path, offset, min(size, BLOCK))
     if not head.strip(b"\0"):
-        raise DataError(f"{name} is a tar without any member")
+        raise DataError(f"{name} is a tar without any member; leave it out or copy it anew")
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise DataError(f"{name} is not an uncompressed tar: {error}") from error
+        raise DataError(f"{name} is not an uncompressed tar: {error}; decompress it, or copy it anew") from error
     if size % BLOCK or read_at(path, offset + size - BLOCK, BLOCK).strip(b"\0"):
         raise DataError(damage(name, "it does not end as a tar does; it looks cut off"))
 

@@ -51,13 +51,17 @@ class Plan:
         if not lambdas:
             raise ConfigError("--lambdas is empty; 0.0035,0.013,0.0483 are three")
         if len({self.folder(lmbda) for lmbda in lambdas}) < len(lambdas):
-            raise ConfigError(f"--lambdas {','.join(map('{:g}'.format, lambdas))}: a lambda is given twice")
+            raise ConfigError(f"--lambdas {','.join(map('{:g}'.format, lambdas))}: a lambda is given twice; keep one")
         if any(override.startswith(("loss.lambda=", "train.start_from=")) for override in self.overrides):
             raise ConfigError("loss.lambda and train.start_from are set for each run; leave them out")
         if self.warm_start and self.jobs > 1:
-            raise ConfigError(f"--warm-start needs the runs one after another; --jobs is {self.jobs}")
+            raise ConfigError(
+                f"--warm-start needs the runs one after another; --jobs is {self.jobs}; leave one of them out"
+            )
         if (gpus := len(visible_gpus())) and self.jobs > gpus:
-            raise ConfigError(f"--jobs is {self.jobs}, and this machine shows {gpus} GPUs; each run needs one")
+            raise ConfigError(
+                f"--jobs is {self.jobs}, and this machine shows {gpus} GPUs; each run needs one; lower it"
+            )
         for lmbda in lambdas:
             load_config(self.config, [*self.overrides, f"loss.lambda={lmbda!r}"])
 
@@ -148,7 +152,9 @@ def round_lambda(value: float) -> float:
 def result(plan: Plan, lmbda: float) -> dict[str, Any]:
     found = json.loads((plan.folder(lmbda) / "results.json").read_text())
     if "bpp" not in found:
-        raise ConfigError(f"{plan.folder(lmbda)} has no result: no images are held out (data.test or data.test_split)")
+        raise ConfigError(
+            f"{plan.folder(lmbda)} has no result: no images are held out; set data.test or data.test_split"
+        )
     return found
 
 
@@ -215,7 +221,7 @@ def start(plan: Plan, lmbda: float, origin: Optional[float], slot: int) -> subpr
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {plan.out} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"--out {plan.out} cannot be made: {error.strerror}; choose another") from error
     with log.open("ab") if log else contextlib.nullcontext() as output:
         # A session of its own: Ctrl-C reaches it once, from here; and it ends with this process, however that ends.
         return subprocess.Popen(

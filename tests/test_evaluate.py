@@ -17,7 +17,7 @@ import pytest
 from conftest import encoded, photo
 from PIL import Image
 
-from hyperprior import baselines, cli, codec, evaluate, plots, rd
+from hyperprior import baselines, cli, codec, evaluate, gate, plots, rd
 from hyperprior.baselines import BASELINES
 from hyperprior.config import load_config
 from hyperprior.errors import ConfigError, DataError, GateError
@@ -273,8 +273,9 @@ def test_the_gate_finds_its_result_by_lambda_and_then_by_name(
     models["renamed"] = JpegModel(30, 0.0035)
     models["e"] = JpegModel(61, 0.0018)
     found = [evaluate.Model(name, models[name]) for name in ("renamed", "e")]
-    gate = evaluate.read_gate(stored, tmp_path / "again", evaluate.find_photos(folder, print), found)
-    assert {name: point["point"] for name, point in gate.items()} == {"renamed": "b", "e": "e"}
+    seen = {photo.path.name: photo.sha256 for photo in evaluate.find_photos(folder, print)}
+    fitting = gate.read(stored, tmp_path / "again", seen, {model.name: model.facts() for model in found})
+    assert {name: point["point"] for name, point in fitting.items()} == {"renamed": "b", "e": "e"}
 
 
 def test_a_gate_that_does_not_fit_is_refused_before_anything_is_measured(

@@ -1,0 +1,73 @@
+"""Whether models are as good as an earlier evaluation found them: `hyperprior evaluate --gate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hyperprior.errors import ConfigError
+
+FORMAT = 1  # of summary.json
+
+
+def read(path: Path, out: Path, images: dict[str, str], models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each model's name the stored point it has to match: the one of its metric and lambda.
+
+    `path`: the stored summary.json; `out`: where the new one goes; `images`: the SHA-256 of each by its name; `models`:
+    metric and lambda of each by its name.
+
+    So a model may be retrained, renamed or differently built. Where several were stored, the one of its name
+    counts. Raises ConfigError where the file, its images or its models do not fit.
+    """
+    if path.resolve() == (out / "summary.json").resolve():
+        raise ConfigError(f"--gate {path} would be overwritten by the new result; choose another --out")
+    try:
+        summary = json.loads(path.read_text())
+        before = {image["name"]: image["sha256"] for image in summary["images"]}
+        points = [
+            {**p, "lambda": float(p["lambda"]), "metric": str(p["metric"]), "loss": float(p.get("loss") or 0.0)}
+            for p in summary["points"]
+            if p["kind"] == "model"
+        ]
+        known = summary["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--gate {path} is no summary.json of `hyperprior evaluate`: {error!r}") from error
+    if not known:
+        raise ConfigError(
+            f"--gate {path} has format {summary['format']}; this version compares format {FORMAT}: "
+            f"measure that model again"
+        )
+    if differing := sorted(name for name in before.keys() | images.keys() if before.get(name) != images.get(name)):
+        raise ConfigError(
+            f"--gate {path} was measured on other images: {len(differing)} differ or are missing on one side, "
+            f"first {differing[0]}"
+        )
+    stored = {}
+    for name, facts in models.items():
+        fitting = [p for p in points if p.get("loss") and all(p[k] == facts[k] for k in ("metric", "lambda"))]
+        fitting = [p for p in fitting if p["point"] == name] if len(fitting) > 1 else fitting
+        if len(fitting) != 1:
+            there = ", ".join(f"{p['point']} ({p['metric']}, lambda {p['lambda']:g})" for p in points) or "nothing"
+            raise ConfigError(
+                f"--gate {path} has no one result to compare {name} ({facts['metric']}, lambda "
+                f"{facts['lambda']:g}) with; it holds {there}"
+            )
+        stored[name] = fitting[0]
+    return stored
+
+
+def judge(point: dict[str, Any], stored: dict[str, Any], margin: float) -> dict[str, Any]:
+    """A model's loss on real files beside the stored one; a change of the rate alone, or of lambda's side of the
+    trade, so counts for what it is worth. `margin` in percent."""
+    passed = point["loss"] <= stored["loss"] * (1.0 + margin / 100.0)
+    change = 100.0 * (point["loss"] / stored["loss"] - 1.0)
+    facts = {"point": point["point"], "loss": point["loss"], "stored_loss": stored["loss"]}
+    return {**facts, "change_percent": change, "margin_percent": margin, "passed": passed}
+
+
+def say(verdict: dict[str, Any]) -> str:
+    return (
+        f"{verdict['point']} is {'as good' if verdict['passed'] else 'worse'}: loss {verdict['loss']:.4f}, stored "
+        f"{verdict['stored_loss']:.4f} ({verdict['change_percent']:+.2f}%, margin {verdict['margin_percent']:g}%)"
+    )
