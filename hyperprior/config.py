@@ -373,9 +373,8 @@ def load_config(path: Optional[Path], overrides: list[str]) -> Config:
                 node[section] = {}
             node = node[section]
             if not isinstance(node, dict):
-                raise ConfigError(
-                    f"`{override}`: `{section}` is not a section; {', '.join(name for name in Config.model_fields if name != 'seed')} are"
-                )
+                names = [name for name in Config.model_fields if name != "seed"]
+                raise ConfigError(f"`{override}`: `{section}` is not a section; {', '.join(names)} are")
         node[leaf] = parse_yaml(value, f"`{override}`")
         if leaf == "steps" and sections == ["train"]:  # the latest word on the length wins
             node.pop("epochs", None)
