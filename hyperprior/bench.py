@@ -73,7 +73,6 @@ def bench(settings: Config, what: list[str], repeats: int, terminal: Terminal) -
         if part in what:
             terminal.say(f"measuring {part}")
             found[part] = globals()[f"bench_{part}"](settings, world, repeats, terminal)
-    terminal.tell(found)
     return found
 
 
@@ -86,6 +85,7 @@ class Layer(NamedTuple):
     name: str
     call: transforms.Layer
     shape: tuple[int, int, int]
+    dtype: str
     flop: float  # forward, of one image
     passes: int  # forward, gradient by weights, and by the input unless that is the image
 
@@ -96,7 +96,8 @@ def layers(hyperprior: model.ScaleHyperprior, side: int) -> list[Layer]:
     latent, hyper = (shape for shape in hyperprior.latent_shapes(side, side))
     starts = {"g_a": (side, side, 3), "h_a": latent, "h_s": hyper, "g_s": latent}
     for transform, shape in starts.items():
-        for index, layer in enumerate(getattr(hyperprior, transform).layers):
+        module = getattr(hyperprior, transform)
+        for index, (layer, dtype) in enumerate(zip(module.layers, module.dtypes)):
             height, width, channels = shape
             if isinstance(layer, transforms.GDN):
                 after, flop = shape, 2.0 * height * width * channels**2
@@ -107,7 +108,7 @@ def layers(hyperprior: model.ScaleHyperprior, side: int) -> list[Layer]:
                 places = height * width if layer.transpose else after[0] * after[1]
                 flop = 2.0 * size**2 * a * b * places
             passes = 2 if (transform, index) == ("g_a", 0) else 3
-            found.append(Layer(f"{transform}/{index} {type(layer).__name__}", layer, shape, flop, passes))
+            found.append(Layer(f"{transform}/{index} {type(layer).__name__}", layer, shape, dtype, flop, passes))
             shape = after
     return found
 
@@ -142,7 +143,7 @@ def bench_step(settings: Config, world: World, repeats: int, terminal: Terminal)
     product_rate = 2 * 2048**3 / timed(multiply, 2 * repeats).median
     rows, forward_rate = [], 0.0
     for layer in every:
-        x = tf.random.normal((world.replica_batch, *layer.shape))
+        x = tf.cast(tf.random.normal((world.replica_batch, *layer.shape)), layer.dtype)
 
         @tf.function(autograph=False)
         def both(x: tf.Tensor = x, layer: Layer = layer) -> Any:

@@ -105,10 +105,8 @@ def load(path: Path, expected: int | str = FORMAT) -> tuple[dict[str, np.ndarray
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"{path} is damaged: {error}") from error
     if state.get("format") != expected:
-        raise ConfigError(
-            f"{path} has format {state.get('format')}; this version reads format {expected}: "
-            f"use the version that wrote it"
-        )
+        what = f"{path} has format {state.get('format')}; this version reads format {expected}"
+        raise ConfigError(f"{what}: give what `hyperprior export` wrote, or use the version that wrote it")
     return arrays, state
 
 

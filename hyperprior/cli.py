@@ -73,7 +73,7 @@ def train(
     from hyperprior.terminal import Terminal
 
     settings = load_config(config, overrides or [])
-    terminal = Terminal(quiet or as_json)
+    terminal = Terminal(quiet, as_json=as_json)
     folder = run or Path("runs") / config.stem
     keep_freed_memory()
     from hyperprior import train as job
@@ -86,7 +86,7 @@ def train(
     export(folder, None, terminal)
     for line in job.describe_result(result, folder):
         terminal.say(line)
-    Terminal(as_json=as_json).tell({"run": str(folder), **result})
+    terminal.tell({"run": str(folder), **result})
 
 
 @app.command()
@@ -154,7 +154,8 @@ def export(
     from hyperprior import export as job
     from hyperprior.terminal import Terminal
 
-    job.export(run, out, Terminal(as_json=as_json))
+    terminal = Terminal(as_json=as_json)
+    terminal.tell(job.export(run, out, terminal))
 
 
 @app.command()
@@ -177,7 +178,7 @@ def compress(
     from hyperprior import files, models
     from hyperprior.terminal import Terminal
 
-    terminal = Terminal(quiet, "-" in (out, *images), as_json)
+    terminal = Terminal(quiet, "-" in ([out] if out else images), as_json)
     files.compress(images, models.chosen(model, quality), out, force, verify, terminal)
 
 
@@ -203,7 +204,7 @@ def decompress(
     from hyperprior import files
     from hyperprior.terminal import Terminal
 
-    terminal = Terminal(quiet, "-" in (out, *hyp), as_json)
+    terminal = Terminal(quiet, "-" in ([out] if out else hyp), as_json)
     files.decompress(hyp, model, out, "." + suffix.lower().lstrip("."), force, max_pixels, terminal)
 
 
@@ -384,7 +385,9 @@ def bench(
     from hyperprior import checkpoint
     from hyperprior.terminal import Terminal
 
-    found = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, Terminal(as_json=as_json))
+    terminal = Terminal(as_json=as_json)
+    found = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, terminal)
+    terminal.tell(found)
     if out:
         checkpoint.write_text(out, json.dumps(found, indent=2) + "\n")
 

@@ -85,7 +85,7 @@ class Codec:
         self.synthesise = function(self._synthesise, m, tf.float32)
 
     def trained(self) -> checkpoint.Trained:
-        """The weights, for a run to start from; those of h_s to 2⁻¹⁶ in units of the table of scales."""
+        """The weights, for a run to start from; those of h_s to the precision of its integers."""
         arrays = {name: variable.numpy() for name, variable in self._model.named_variables().items()}
         arrays |= exact.weights(self.layers, self.config.model)
         return checkpoint.Trained(arrays, self.config, self.info["step"])

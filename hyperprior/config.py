@@ -88,8 +88,8 @@ class Data(Section):
     )
     min_scale: float = field(
         1.0,
-        "patches are cut from the image scaled down by a random factor between this and 1, which removes traces of "
-        "JPEG; an image that would become smaller than the patch is scaled down less",
+        "patches are scaled down from larger windows by a random factor between this and 1, which removes traces of "
+        "JPEG; in a small image by less",
         gt=0,
         le=1,
     )
@@ -197,7 +197,7 @@ class Train(Section):
         None, "decay of a moving average of the weights, used for validation and the result; null: none", gt=0, lt=1
     )
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = field(
-        "float32", "of the transforms' inner layers; latents, entropy models and loss stay float32"
+        "float32", "of the transforms in training, but for the last layers of g_a, h_a and h_s; all else is float32"
     )
     on_nonfinite: Literal["stop", "skip"] = field(
         "stop", "a loss or gradient that is not finite: stop before it, or skip the step", may_change=True

@@ -69,6 +69,7 @@ class Options:
 @dataclass(frozen=True)
 class Photo:
     path: Path
+    name: str  # below the folder of images
     height: int
     width: int
     sha256: str  # of the size and the pixels
@@ -101,13 +102,13 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 
     Raises ConfigError and DataError before anything is measured, and GateError after everything is written and said.
     """
-    photos = find_photos(folder, terminal.warn)
-    chosen = baselines.choose(options.baselines, terminal.say)
+    photos = find_photos(folder, terminal.warn, out)
+    chosen = baselines.choose(options.baselines, terminal.warn)
     published = read_published(options.published, photos)
     models = load_models(paths)
     stored = {}
     if options.gate:
-        seen = {photo.path.name: photo.sha256 for photo in photos}
+        seen = {photo.name: photo.sha256 for photo in photos}
         stored = gate.read(options.gate, out, seen, {model.name: model.facts() for model in models})
     cache = baselines.Cache(options.cache or baselines.default_cache())
 
@@ -123,14 +124,14 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     summary: dict[str, Any] = {
         "format": gate.FORMAT,
         "hyperprior": __version__,
-        "images": [{"name": p.path.name, "width": p.width, "height": p.height, "sha256": p.sha256} for p in photos],
+        "images": [{"name": p.name, "width": p.width, "height": p.height, "sha256": p.sha256} for p in photos],
         "points": points,
         "bd": compare(points),
         "gate": verdicts,
     }
     write_text(out / "images.csv", to_csv(rows))
     write_text(out / "summary.json", json.dumps(summary, indent=1))
-    ours = [f"# {len(photos)} images, {photos[0].path.name} to {photos[-1].path.name}", ""]
+    ours = [f"# {len(photos)} images, {photos[0].name} to {photos[-1].name}", ""]
     ours += [*describe_points(points, "model"), *describe_bd(summary["bd"])]
     ours += [f"- Gate: {gate.say(verdict)}." for verdict in verdicts]
     write_text(
@@ -154,25 +155,29 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 # What is compared -------------------------------------------------------------------------------------------
 
 
-def find_photos(folder: Path, warn: Callable[[str], None]) -> list[Photo]:
-    """The images in `folder`, by name, each decoded once; `warn` hears of those that cannot be. Raises DataError."""
+def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] = None) -> list[Photo]:
+    """The images below `folder`, by name, each decoded once; `warn` hears of those that cannot be. Raises DataError.
+
+    Those below `out` are results of an earlier evaluation.
+    """
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        list(folder.iterdir())  # which raises where rglob finds nothing
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
         raise DataError(f"--images {folder} cannot be read: {error.strerror}; give a directory of images") from error
+    paths = [path for path in paths if out is None or out.resolve() not in path.resolve().parents]
     if not paths:
         raise DataError(f"--images {folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     photos = []
     for path in paths:
         try:
-            pixels = Photo(path, 0, 0, "").pixels()
+            pixels = Photo(path, "", 0, 0, "").pixels()
         except DataError as error:
             warn(f"{error}; it is left out")
             continue
         height, width = pixels.shape[:2]
-        photos.append(
-            Photo(path, height, width, hashlib.sha256(b"%dx%d " % (height, width) + pixels.tobytes()).hexdigest())
-        )
+        digest = hashlib.sha256(b"%dx%d " % (height, width) + pixels.tobytes()).hexdigest()
+        photos.append(Photo(path, path.relative_to(folder).as_posix(), height, width, digest))
     if not photos:
         raise DataError(f"--images {folder} holds no image that can be used")
     return photos
@@ -192,7 +197,7 @@ def read_published(choice: Optional[str], photos: Sequence[Photo]) -> list[dict[
     None stands for the curves that ship with the package, which are averages over the 24 Kodak images: they are
     used for these alone. A path is used as it is.
     """
-    if choice == "none" or (choice is None and {photo.path.name for photo in photos} != KODAK):
+    if choice == "none" or (choice is None and {photo.name for photo in photos} != KODAK):
         return []
     points: list[dict[str, Any]] = []
     try:
@@ -247,9 +252,7 @@ def measure(
                     "height": photo.height,
                     "bpp": 8 * row["bytes"] / photo.width / photo.height,
                 }
-                rows.append(
-                    {"kind": kind, "curve": curve, "point": str(point), "image": photo.path.name, **size, **row}
-                )
+                rows.append({"kind": kind, "curve": curve, "point": str(point), "image": photo.name, **size, **row})
 
             for model in models:
                 row = round_trip(pixels, model.codec.compress, model.codec.decompress)
@@ -262,7 +265,7 @@ def measure(
                     )
                     add("baseline", baseline.label, value, row)
             ours = [f"{row['bpp']:.3f} bpp {row['psnr_db']:.2f} dB" for row in rows if row["kind"] == "model"]
-            track.line(done, f"{photo.path.name}  {', '.join(ours[-len(models) :])}")
+            track.line(done, f"{photo.name}  {', '.join(ours[-len(models) :])}")
     return rows
 
 
@@ -423,7 +426,7 @@ def compared(
     in_sheet, in_report = (set(spaced(photos, most)) for most in (SHEET_PICTURES, REPORT_PICTURES))
     for photo in (photo for photo in photos if photo in in_sheet | in_report):
         pixels = photo.pixels()
-        row = [plots.Picture("Original", [photo.path.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
+        row = [plots.Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
         data = model.codec.compress(pixels)
         coded = [("hyperprior", data, model.codec.decompress(data), "")]
         for baseline in (b for b in chosen if b.name in SHEET_BASELINES):
@@ -443,7 +446,7 @@ def compared(
         if photo in in_sheet:
             rows.append(row)
         if photo in in_report:
-            pictures.append(report.picture(photo.path.name, pixels, versions))
+            pictures.append(report.picture(photo.name, pixels, versions))
     return rows, pictures
 
 

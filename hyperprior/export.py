@@ -30,8 +30,8 @@ CONTENTS = (models.WEIGHTS, "model.json", "saved_model")
 COST_IMAGES = 8
 
 
-def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
-    """Writes the model directory of a run, by default RUN/model, and returns its path.
+def export(run: Path, out: Optional[Path], terminal: Terminal) -> dict[str, Any]:
+    """Writes the model directory of a run, by default RUN/model, and returns what it is: path, fingerprint, step, ...
 
     An `out` that ends in .npz becomes one file, half as large: weights rounded to float16, compressed, and
     nothing for serving. Raises ConfigError if the run holds no checkpoint or cannot be made exact, StorageError
@@ -51,8 +51,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         whole = (out / "model.json").is_file() and (out / "saved_model" / "saved_model.pb").is_file()
         if whole and (done := codec.load(out)).info["weights"] == weights:
             terminal.say(f"model    {out}, {done.fingerprint}: exported already")
-            terminal.tell({"model": str(out), "fingerprint": done.fingerprint, **done.info})
-            return out
+            return {"model": str(out), "fingerprint": done.fingerprint, **done.info}
 
     made, arrays, description = make(trained, weights, str(out))
     try:
@@ -77,19 +76,17 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> Path:
         raise StorageError(
             f"{out} cannot be written: {error}; free the disk or choose another --out, and export again"
         ) from error
-    tell(out, description, terminal)
-    return out
+    return facts(out, description, terminal)
 
 
-def export_file(run: Path, out: Path, terminal: Terminal) -> Path:
+def export_file(run: Path, out: Path, terminal: Terminal) -> dict[str, Any]:
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = codec.fingerprint(trained.arrays)
     short = {name: array.astype(np.float16) for name, array in trained.arrays.items()}
     rounded = dataclasses.replace(trained, arrays={name: a.astype(np.float32) for name, a in short.items()})
     _, arrays, description = make(rounded, weights, str(out), short)
     checkpoint.save(out, arrays, description, compressed=True)
-    tell(out, description, terminal)
-    return out
+    return facts(out, description, terminal)
 
 
 def make(
@@ -113,10 +110,10 @@ def make(
     return made, arrays, description
 
 
-def tell(out: Path, description: dict[str, Any], terminal: Terminal) -> None:
+def facts(out: Path, description: dict[str, Any], terminal: Terminal) -> dict[str, Any]:
     terminal.say(f"model    {out}, {description['fingerprint']}, weights of step {description['info']['step']}")
     terminal.say(f"         {describe_cost(description['info']['exactness'])}")
-    terminal.tell({"model": str(out), "fingerprint": description["fingerprint"], **description["info"]})
+    return {"model": str(out), "fingerprint": description["fingerprint"], **description["info"]}
 
 
 def constants(model: ScaleHyperprior, trained: checkpoint.Trained) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import numpy as np
 from PIL import Image
 
-from hyperprior import checkpoint, container, images, load, models
+from hyperprior import checkpoint, container, images, load, models, shards
 from hyperprior.errors import ConfigError, DataError, HyperpriorError, StorageError
 from hyperprior.terminal import Terminal
 
@@ -110,7 +110,8 @@ def run(
     """
     failed: list[HyperpriorError] = []
     rows: list[dict[str, Any]] = []
-    with terminal.track(label, len(jobs)) as track:
+    with contextlib.ExitStack() as at_the_end, terminal.track(label, len(jobs)) as track:
+        at_the_end.callback(terminal.tell, rows)  # whatever ends it
         for done, job in enumerate(jobs, 1):
             try:
                 try:
@@ -132,7 +133,6 @@ def run(
             rows.append({"source": job.source, "target": job.target, **found})
             terminal.say(f"{job.source} → {job.target}  {describe(found)}")
             track.update(done)
-    terminal.tell(rows)
     if failed:
         raise failed[0] if len(jobs) == 1 else DataError(f"{len(failed)} of {len(jobs)} files failed")
 
@@ -151,6 +151,9 @@ def compress(
     sources: Sequence[str], model: str, out: Optional[str], force: bool, verify: bool, terminal: Terminal
 ) -> None:
     jobs = plan(sources, out, IMAGE_SUFFIXES, SUFFIX, force)
+    for folder in (path for path in map(Path, sources) if path.is_dir()):
+        if others := shards.other_files(folder, lambda name: name.lower().endswith((*IMAGE_SUFFIXES, SUFFIX))):
+            terminal.warn(f"{folder} also holds what has no ending of an image: {shards.describe_others(others)}")
     codec = load(model)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -206,15 +209,15 @@ def decompress(
 
 
 def reader(model: Optional[str]) -> Callable[[bytes], Codec]:
-    """f(file) → the codec to read it with: what --model or HYPERPRIOR_MODEL names, else the file's own from the box."""
-    if model := model or os.environ.get("HYPERPRIOR_MODEL"):
+    """f(file) → the codec to read it with: what --model names, else its own in the box, else HYPERPRIOR_MODEL."""
+    if model:
         codec = load(model)
         return lambda data: codec
     opened = functools.lru_cache(maxsize=None)(load)
 
     def of_file(data: bytes) -> Codec:
         fingerprint = container.read(data, max_pixels=2**32).fingerprint.hex()
-        if name := models.of_fingerprint(fingerprint):
+        if name := models.of_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
             return opened(name)
         raise ConfigError(
             f"written with model {fingerprint}, which is not in the box; --model takes its run or what "
@@ -265,7 +268,7 @@ def info(path: Path, model: Optional[str]) -> dict[str, Any]:
             "escapes": len(stream.escapes),
             "checksum": f"{stream.checksum:08x}",
         }
-        if model := model or os.environ.get("HYPERPRIOR_MODEL") or models.of_fingerprint(str(found["model"])):
+        if model := model or models.of_fingerprint(str(found["model"])) or os.environ.get("HYPERPRIOR_MODEL"):
             description = models.describe(model)
             found["fits"] = description["fingerprint"] == found["model"]
             found["given_model"] = f"{model}, {description['fingerprint']}"

@@ -44,8 +44,7 @@ def decode(data: bytes) -> np.ndarray:
 class Place(NamedTuple):
     """Where a patch is cut: `top` and `left` are random integers, taken modulo the number of possible positions.
 
-    It is cut from the image scaled by `scale` (at most 1), but never so small that the patch would not fit, and
-    mirrored if `flip`.
+    A window larger by 1 / `scale`, at most as large as the image, is scaled down to the patch, and mirrored if `flip`.
     """
 
     top: int

@@ -80,22 +80,22 @@ class ScaleHyperprior(tf.Module):
         return self._decode(y + noise_y, z + noise_z, y_hat)
 
     def round(self, x: tf.Tensor, z_offset: tf.Tensor) -> Forward:
-        """The forward pass as the codec does it; `z_offset` is what `z_offset()` returns."""
-        y = self.g_a(x)
-        z = self.h_a(tf.abs(y))
+        """The forward pass as the codec does it, in float32; `z_offset` is what `z_offset()` returns."""
+        y = self.g_a(x, precise=True)
+        z = self.h_a(tf.abs(y), precise=True)
         y_hat = tf.round(y)
-        return self._decode(y_hat, tf.round(z - z_offset) + z_offset, y_hat)
+        return self._decode(y_hat, tf.round(z - z_offset) + z_offset, y_hat, precise=True)
 
     @tf.function(autograph=False)
     def z_offset(self) -> tf.Tensor:
         """The median of each channel's prior, modulo 1: [hyper_channels]. Found by iteration: call it rarely."""
         return tfc.quantization_offset(self.prior)
 
-    def _decode(self, y: tf.Tensor, z: tf.Tensor, y_hat: tf.Tensor) -> Forward:
+    def _decode(self, y: tf.Tensor, z: tf.Tensor, y_hat: tf.Tensor, precise: bool = False) -> Forward:
         """Rates of y and z, pixels from y_hat."""
-        log_scales = self.h_s(z)
+        log_scales = self.h_s(z, precise)
         return Forward(
-            x_hat=self.g_s(y_hat),
+            x_hat=self.g_s(y_hat, precise),
             bits_y=gaussian_bits(y, self.scales(log_scales)),
             bits_z=bits(self.prior, z),
             y=y,

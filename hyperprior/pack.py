@@ -60,8 +60,8 @@ class Report:
                 f"{self.pixels / good / 1e6:.2f} megapixels on average"
             )
         if self.ignored:
-            rows = ", ".join(f"{suffix or 'no extension'} {count:,}" for suffix, count in sorted(self.ignored.items()))
-            yield f"ignored   members of tars that are no image: {rows}"
+            rows = shards.describe_others(collections.Counter(self.ignored))
+            yield f"ignored   what has no ending of an image that training reads: {rows}"
         yield f"small     {self.smaller_than_patch:,} have a side below {self.patch_size}"
         yield f"unusable  {len(self.unusable):,} images, {len(self.damaged):,} shards"
         problems = self.damaged + self.unusable
@@ -76,6 +76,8 @@ def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Ter
     report = Report(shards=len(found), patch_size=patch_size)
     formats: collections.Counter[str] = collections.Counter()
     ignored: collections.Counter[str] = collections.Counter()
+    for folder in filter(Path.is_dir, map(Path, sources)):
+        ignored += shards.other_files(folder, lambda name: shards.is_image(name) or shards.is_tar(name))
 
     def look(sample: Sample) -> tuple[str, str, int, int, int, str]:
         try:
@@ -200,7 +202,7 @@ def write_shards(found: list[Shard], total: int, out: Path, options: Options, te
                 paths.append(path)
             track.update(first + len(group))
     if not paths:
-        raise DataError(f"none of the {total} images can be packed; `hyperprior inspect` says why")
+        raise DataError(f"none of the {total} images can be packed; the warnings say why")
     kept = sum(len(shards.tar_index(str(path), 0, path.stat().st_size, str(path))) for path in paths)
     terminal.tell({"shards": [str(path) for path in paths], "images": kept, "left_out": total - kept})
     terminal.say(

@@ -9,7 +9,6 @@ Without `model` both use the one that the environment variable HYPERPRIOR_MODEL 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import IO, Any, Optional
 
@@ -37,7 +36,7 @@ class HypImageFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         if self._data is not None:
-            self.im = Image.fromarray(reader(os.environ.get("HYPERPRIOR_MODEL"))(self._data).decompress(self._data)).im
+            self.im = Image.fromarray(reader(None)(self._data).decompress(self._data)).im
             self._data = None
         return super().load()
 

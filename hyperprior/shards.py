@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -328,6 +329,16 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
         f"{key}: {location} is no tar, image or directory; allowed are *.tar, directories, "
         f"images ({', '.join(sorted(IMAGE_SUFFIXES))}) and URLs"
     )
+
+
+def other_files(folder: Path, wanted: Callable[[str], bool]) -> Counter[str]:
+    """How many files below a directory are not wanted by their names, by extension; hidden ones do not count."""
+    others = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return Counter(path.suffix.lower() for path in others if not wanted(path.name))
+
+
+def describe_others(others: Counter[str]) -> str:
+    return ", ".join(f"{suffix or 'no extension'} {count:,}" for suffix, count in sorted(others.items()))
 
 
 def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:

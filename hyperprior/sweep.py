@@ -126,7 +126,7 @@ def search(plan: Plan, column: str, value: float, terminal: Terminal) -> Path:
             break
         lmbda = following(target, found, wanted)
     terminal.say(table(rows).rstrip())
-    terminal.tell([{"run": str(plan.folder(each)), **result(plan, each)} for each in [best]])
+    terminal.tell([{"run": str(plan.folder(best)), **result(plan, best)}])
     if abs(found[best] - wanted) > target.tolerance:
         terminal.warn(f"lambda {best:g} came nearest, not within {target.spoken}")
     terminal.say(f"{column} is {result(plan, best)[column]:.4g} at lambda {best:g}: {plan.folder(best)}")

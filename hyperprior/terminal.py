@@ -20,9 +20,9 @@ class Terminal:
     """
 
     def __init__(self, quiet: bool = False, to_stderr: bool = False, as_json: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet or as_json, stderr=to_stderr)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet or as_json, stderr=to_stderr)
         self.as_json, self.to_stderr = as_json, to_stderr
-        self.errors = Console(highlight=False, soft_wrap=True, stderr=True)
+        self.errors = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
         self._progress: Optional[Progress] = None
 
     def say(self, text: str | Table) -> None:

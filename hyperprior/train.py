@@ -132,6 +132,8 @@ class Trainer:
             self.model = ScaleHyperprior(settings.model, dtype)
         if not saved:
             world.together(self.start)
+            weights = {name: variable.numpy() for name, variable in self.model.named_variables().items()}
+            world.same({"weights to start from": codec.fingerprint(weights)})
         with world.strategy.scope():
             self.optimizer = Optimizer(self.model.named_variables(), settings.train, self.total)
         self.variables = {
@@ -197,11 +199,11 @@ class Trainer:
                 )
 
     def start(self) -> None:
-        """The weights of a new run. Raises ConfigError if train.start_from has none that fit."""
+        """The weights of a new run. Raises ConfigError if train.start_from has none that fit, DataError if damaged."""
         settings = self.settings.train
         if settings.start_from:
             origin = Path(settings.start_from)
-            if (origin / "checkpoints").is_dir():
+            if (origin / "config.yaml").is_file():
                 trained = checkpoint.best_weights(origin, self.terminal.warn)
             else:
                 trained = codec.load(origin).trained()

@@ -64,7 +64,7 @@ class GDN(tf.Module):
     """Generalised divisive normalisation, x / sqrt(beta + gamma · x²), or its approximate inverse (times).
 
     Ballé, Laparra, Simoncelli, ICLR 2016. beta and gamma are stored so that they stay non-negative
-    (tfc.GDNParameter). With bfloat16 inputs the sums over channels multiply bfloat16; all else is float32.
+    (tfc.GDNParameter). With bfloat16 inputs matrix products take and give bfloat16; all else is float32.
     """
 
     def __init__(self, channels: int, *, inverse: bool = False):
@@ -126,16 +126,19 @@ def pieces(shape: tf.TensorShape) -> int:
 
 
 class Transform(tf.Module):
-    """Layers one after another, computed in `dtype`, the last in `last_dtype`; input and output are float32."""
+    """Layers one after another, computed in `dtype`, the last in `last_dtype`; input and output are float32.
+
+    With `precise` all are computed in float32, as the codec does.
+    """
 
     def __init__(self, layers: Sequence[Layer], dtype: str, last_dtype: str = "float32"):
         super().__init__()
         self.layers = list(layers)
         self.dtypes = [dtype] * (len(layers) - 1) + [last_dtype]
 
-    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+    def __call__(self, x: tf.Tensor, precise: bool = False) -> tf.Tensor:
         for layer, dtype in zip(self.layers, self.dtypes):
-            x = layer(tf.cast(x, dtype))
+            x = layer(tf.cast(x, "float32" if precise else dtype))
         return tf.cast(x, tf.float32)
 
 

@@ -1,4 +1,4 @@
-"""Every command of the README does what it says, in the order in which a reader would type them."""
+"""Every `hyperprior` command of the README runs, in the order in which a reader would type them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 import yaml
 from conftest import Command, encoded, photo, tar_bytes
 from PIL import Image
+
+from hyperprior import models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +36,7 @@ def stand_in(name: str) -> str:
     """A config of the README that takes seconds: a few steps on small patches, a small model where it starts anew."""
     tree: dict[str, Any] = yaml.safe_load((ROOT / "configs" / name).read_text())
     side = 192 if tree["loss"].get("metric") == "ms-ssim" else 64
-    tree["data"] |= {"patch_size": side, "eval_crop": 192, "train": ["ILSVRC2012_img_train.tar"]}
+    tree["data"] |= {"patch_size": side, "eval_crop": 192, "train": ["data/ILSVRC2012_img_train.tar"]}
     tree["data"] |= {"val_split": 0.2, "test_split": 0.2, "val": [], "test": []}
     if "start_from" not in tree["train"]:
         tree["model"] = {"num_filters": 8, "latent_channels": 8, "hyper_channels": 8}
@@ -48,7 +50,7 @@ def test_the_commands_of_the_readme_work_in_their_order(
     hyperprior: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder, count in (("photos", 16), ("kodak", 2), ("folder", 3), ("configs", 0)):
+    for folder, count in (("photos", 16), ("some-photos", 2), ("kodak", 2), ("configs", 0), ("data", 0)):
         Path(folder).mkdir()
         for index in range(count):
             photo(index, 220 + index, 200).save(Path(folder, f"{index}.png"))
@@ -56,17 +58,14 @@ def test_the_commands_of_the_readme_work_in_their_order(
         Path("configs", name).write_text(stand_in(name))
     Path("photo.jpg").write_bytes(encoded(photo(1, 300, 200)))
     members = [(f"n{i}.JPEG", encoded(photo(i, 230, 220))) for i in range(20)]
-    Path("ILSVRC2012_img_val.tar").write_bytes(tar_bytes(members))
+    Path("data/ILSVRC2012_img_val.tar").write_bytes(tar_bytes(members))
     classes = [(f"n{i}.tar", tar_bytes([(f"n{i}_{name}", data) for name, data in members])) for i in range(2)]
-    Path("ILSVRC2012_img_train.tar").write_bytes(tar_bytes(classes))
+    Path("data/ILSVRC2012_img_train.tar").write_bytes(tar_bytes(classes))
     ran = 0
     for command in commands():
         if command[0] == "hyperprior":
-            for lmbda, run in ((0.05, "runs/c"), (0.1, "runs/d")):  # which the launch scripts would have made
-                if run in command:
-                    hyperprior("train", "configs/imagenet_mse.yaml", f"loss.lambda={lmbda}", "--run", run)
-            once = ["--repeats", "1"] if command[1] == "bench" else []
-            hyperprior(*command[1:], *once)
+            words = [name for word in command[1:] for name in (sorted(Path().glob(word)) if "*" in word else [word])]
+            hyperprior(*words, *(["--repeats", "1"] if words[0] == "bench" else []))
             ran += 1
         elif command[0].startswith("./launch/"):
             assert (ROOT / command[0]).stat().st_mode & 0o100
@@ -97,7 +96,17 @@ def test_what_the_readme_names_is_there() -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README):
         assert (ROOT / path).exists(), path
     tree = README[README.index("A file imports only from those above it") :]
-    for name in re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE):
-        assert (ROOT / "hyperprior" / name).is_file(), name
-    listed = set(re.findall(r"^  (\w+\.py) ", tree, re.MULTILINE))
-    assert listed == {path.name for path in (ROOT / "hyperprior").glob("*.py")} - {"__init__.py", "__main__.py"}
+    listed = re.findall(r"^  (\w+)\.py ", tree, re.MULTILINE)
+    assert set(listed) == {path.stem for path in (ROOT / "hyperprior").glob("*.py")} - {"__init__", "__main__"}
+    for place, name in enumerate(listed):
+        text = (ROOT / "hyperprior" / f"{name}.py").read_text()
+        used = re.findall(r"^ *from hyperprior import (.*)", text, re.MULTILINE)
+        names = {word.split()[0] for line in used for word in line.split(", ")}
+        names |= set(re.findall(r"^ *from hyperprior\.(\w+) import", text, re.MULTILINE))
+        assert names & set(listed[place:]) <= {name}, f"{name} imports from below: {names & set(listed[place:])}"
+
+
+def test_the_config_for_photographs_fits_the_model_it_starts_from() -> None:
+    tree = yaml.safe_load((ROOT / "configs" / "photos.yaml").read_text())
+    found = models.describe(tree["train"]["start_from"])
+    assert tree["model"] == {key: found[key] for key in tree["model"]} and tree["loss"]["lambda"] == found["lambda"]

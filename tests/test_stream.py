@@ -34,9 +34,12 @@ def same(a: Batch, b: Batch) -> bool:
     return a.keys == b.keys and a.cursors == b.cursors and np.array_equal(a.images, b.images)
 
 
+AUGMENTED = ("data.min_scale=0.5", "data.flip=true")
+
+
 @pytest.mark.parametrize("patches", [1, 3])
 def test_a_stream_goes_on_from_the_cursors_of_any_batch(nested_tar: Path, patches: int) -> None:
-    config = settings(f"data.train=[{nested_tar}]", f"data.patches_per_image={patches}")
+    config = settings(f"data.train=[{nested_tar}]", f"data.patches_per_image={patches}", *AUGMENTED)
     straight = read(config, 30)
     for at in (0, 3, 13, 25):
         again = read(config, 4, cursors=straight[at].cursors)
@@ -45,7 +48,7 @@ def test_a_stream_goes_on_from_the_cursors_of_any_batch(nested_tar: Path, patche
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_together_see_the_batches_of_one(nested_tar: Path, workers: int) -> None:
-    config = settings(f"data.train=[{nested_tar}]", "data.patches_per_image=2")
+    config = settings(f"data.train=[{nested_tar}]", "data.patches_per_image=2", *AUGMENTED)
     one = read(config, 20)
     each = 4 // workers
     parts = [read(config, 20, own=range(w * each, (w + 1) * each)) for w in range(workers)]
@@ -79,15 +82,25 @@ def test_an_image_is_cut_elsewhere_in_each_epoch(flat_tar: Path) -> None:
 def test_half_of_the_patches_are_mirrored_and_the_others_are_as_they_were(flat_tar: Path) -> None:
     plain = read(settings(f"data.train=[{flat_tar}]"), 18)
     flipped = read(settings(f"data.train=[{flat_tar}]", "data.flip=true"), 18)
-    mirrored = 0
+    mirrored: dict[str, list[bool]] = {}
     for a, b in zip(plain, flipped):
         assert a.keys == b.keys
-        for image, other in zip(a.images, b.images):
-            mirrored += not np.array_equal(image, other)
+        for key, image, other in zip(a.keys, a.images, b.images):
             assert np.array_equal(image, other) or np.array_equal(image[:, ::-1], other)
-    assert 20 < mirrored < 52  # of 72
-    scaled = read(settings(f"data.train=[{flat_tar}]", "data.min_scale=0.5"), 18)
-    assert all(not np.array_equal(a.images, b.images) for a, b in zip(plain, scaled))
+            mirrored.setdefault(key, []).append(not np.array_equal(image, other))
+    assert 20 < sum(map(sum, mirrored.values())) < 52  # of 72
+    assert any(0 < sum(times) < 3 for times in mirrored.values())  # an image of three epochs, now and then
+
+
+def test_scales_are_drawn_for_each_patch(flat_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[images.Place] = []
+    whole = images.cut_patches
+    monkeypatch.setattr(
+        images, "cut_patches", lambda data, size, at, **k: places.extend(at) or whole(data, size, at, **k)
+    )
+    read(settings(f"data.train=[{flat_tar}]", "data.min_scale=0.5"), 18)
+    scales = np.array([place.scale for place in places])
+    assert 0.5 <= scales.min() < 0.55 and 0.95 < scales.max() <= 1 and abs(scales.mean() - 0.75) < 0.06
 
 
 def test_patches_of_an_image_come_from_one_decode(flat_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:

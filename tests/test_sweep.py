@@ -69,7 +69,7 @@ def test_runs_at_a_time_give_the_same_table_and_are_evaluated_together(
     hyperprior: Command, tmp_path: Path, arguments: list[str]
 ) -> None:
     arguments += ["--lambdas", "0.002,0.05"]
-    hyperprior(*arguments, "--out", "one")
+    one = json.loads(hyperprior(*arguments, "--out", "one", "--json").stdout)
     (tmp_path / "photos").mkdir()
     for i in range(2):
         photo(i).save(tmp_path / "photos" / f"{i}.png")
@@ -78,6 +78,7 @@ def test_runs_at_a_time_give_the_same_table_and_are_evaluated_together(
     assert (tmp_path / "one" / "sweep.md").read_text() == (tmp_path / "two" / "sweep.md").read_text()
     assert "step" in (tmp_path / "two" / "lambda-0.05.log").read_text()
     assert [row["run"] for row in done] == ["two/lambda-0.002", "two/lambda-0.05"] and done[0]["bpp"] < done[1]["bpp"]
+    assert [row["loss"] for row in one] == [row["loss"] for row in done]
     assert "lambda-0.002" in (tmp_path / "two" / "results" / "summary.md").read_text()
 
 
