@@ -220,8 +220,9 @@ def test_a_bad_image_is_named_and_left_out(
     with pytest.raises(DataError, match="holds no image that can be used"):
         run(tmp_path, "a", tmp_path / "bad", out="none")
     assert not (tmp_path / "none").exists()
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image"):
-        run(tmp_path, "a", tmp_path / "images" / "..")
+        run(tmp_path, "a", tmp_path / "empty")
     with pytest.raises(DataError, match="cannot be read"):
         run(tmp_path, "a", tmp_path / "missing")
 
@@ -411,7 +412,7 @@ def test_a_rival_gets_the_best_quality_that_fits_into_our_bytes() -> None:
 
 
 def test_the_shipped_curves_are_used_for_the_kodak_images_alone(tmp_path: Path) -> None:
-    photos = [SimpleNamespace(path=Path(name)) for name in sorted(evaluate.KODAK)]
+    photos = [SimpleNamespace(name=name) for name in sorted(evaluate.KODAK)]
     points = evaluate.read_published(None, photos)  # type: ignore[arg-type]
     assert {p["curve"] for p in points} >= {"Balle et al. 2018 (paper), MSE", "BPG 4:4:4", "WebP"}
     assert evaluate.read_published(None, photos[1:]) == []  # type: ignore[arg-type]
