@@ -20,7 +20,7 @@ from hyperprior import models
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # What other tests start, and what makes the installation that all tests run in.
-ELSEWHERE = ("git", "pip", "tensorboard", "sbatch", "kubectl", ".venv/bin/pdoc")
+ELSEWHERE = ("python3.11", "pip", "sbatch", "kubectl")
 
 
 def blocks(kind: str) -> list[str]:
