@@ -162,8 +162,8 @@ class Trainer:
         return interval or 0
 
     def due(self, what: str) -> bool:
-        every = self.intervals[what]
-        return bool(every) and self.state.step % every == 0
+        every, step = self.intervals[what], self.state.step
+        return bool(every) and (step % every == 0 or (what == "validate" and step == self.total))
 
     # Resuming ---------------------------------------------------------------------------------------------
 
