@@ -77,27 +77,40 @@ def test_gdn_is_its_closed_form_and_tfcs(inverse: bool) -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("shape", [(2, 64, 64, 32), (1, 3, 5, 32)])
-def test_gdn_in_pieces_is_the_plain_form_with_its_gradient(inverse: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("shape", "count"), [((2, 64, 64, 32), 4), ((1, 41, 61, 32), 1), ((1, 3, 5, 32), 1)])
+def test_gdn_in_pieces_is_the_plain_form_with_its_gradient(
+    inverse: bool, known: bool, shape: tuple[int, ...], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transforms, "PIECE_BYTES", 2**18)
     gdn = transforms.GDN(32, inverse=inverse)
     rng = np.random.RandomState(0)
     gdn.beta = tfc.GDNParameter(rng.uniform(0.5, 2, 32).astype(np.float32), minimum=1e-6)
     gdn.gamma = tfc.GDNParameter(rng.uniform(0, 0.1, (32, 32)).astype(np.float32))
-    x, dy = tf.Variable(rng.normal(size=shape), dtype=tf.float32), tf.constant(rng.normal(size=shape), tf.float32)
-    assert transforms.pieces(x.shape) == (4 if shape[0] == 2 else 1)
-    wanted = [x, gdn.beta.variable, gdn.gamma.variable]
+    x, dy = (tf.constant(rng.normal(size=shape), tf.float32) for _ in range(2))
+    found_pieces = []
 
     def plain(x: tf.Tensor) -> tf.Tensor:
         norm = gdn.beta() + tf.einsum("bhwc,cd->bhwd", tf.square(x), gdn.gamma())
         return x * tf.sqrt(norm) if inverse else x / tf.sqrt(norm)
 
-    found = []
-    for form in (gdn, plain):
-        with tf.GradientTape() as tape:
-            y = form(x)
-        found.append([y, *tape.gradient(y, wanted, output_gradients=dy)])
-    for ours, theirs in zip(*found):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5 * np.abs(theirs).max())
+    def ours(x: tf.Tensor) -> tf.Tensor:
+        found_pieces.append(transforms.pieces(x.shape))
+        return gdn(x)
+
+    def with_gradient(form: transforms.Layer) -> list[tf.Tensor]:
+        @tf.function(input_signature=[tf.TensorSpec(shape if known else (None, None, None, 32))] * 2)
+        def both(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = form(x)
+            return [y, *tape.gradient(y, [x, gdn.beta.variable, gdn.gamma.variable], output_gradients=dy)]
+
+        return list(both(x, dy))
+
+    for mine, theirs in zip(with_gradient(ours), with_gradient(plain)):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5 * np.abs(theirs).max())
+    assert found_pieces == [count if known else 1]  # equal ones: 2501 pixels have no divisor near 2048
 
 
 def test_the_transforms_have_the_papers_shapes() -> None:
