@@ -38,8 +38,17 @@ class Tables(NamedTuple):
     escape: np.ndarray
 
 
-def build(prior: tfc.NoisyDeepFactorized, z_offset: np.ndarray, settings: Model) -> Tables:
-    """Tables for y, Gaussians convolved with a unit box, and for z + z_offset under `prior`."""
+def in_float64(prior: tfc.NoisyDeepFactorized) -> tfc.UniformNoiseAdapter:
+    """The prior of z as training left it, but computed so precisely that what is rounded afterwards comes out alike
+    under any kernels and thread counts: the same weights give the same model wherever they are exported."""
+    base = tfc.DeepFactorized(batch_shape=prior.base.batch_shape, dtype=tf.float64)
+    for variable, trained in zip(base.trainable_variables, prior.base.trainable_variables):
+        variable.assign(tf.cast(trained, tf.float64))
+    return tfc.UniformNoiseAdapter(base)
+
+
+def build(prior: tfc.UniformNoiseAdapter, z_offset: np.ndarray, settings: Model) -> Tables:
+    """Tables for y, Gaussians convolved with a unit box, and for z + z_offset under `prior`, which is in float64."""
     pmfs = []  # (first value, probabilities)
     low, step = exact.log_scale_table(settings)
     for index in range(settings.num_scales):
@@ -51,10 +60,9 @@ def build(prior: tfc.NoisyDeepFactorized, z_offset: np.ndarray, settings: Model)
         pmfs.append((-half, np.diff(edges)))
 
     grid = np.arange(-MAX_HALF_WIDTH, MAX_HALF_WIDTH + 1)
-    edges = np.append(grid - 0.5, MAX_HALF_WIDTH + 0.5).astype(np.float32)
-    # The prior is a float32 network: each side's tail is measured from its own end, where it is precise.
-    below = prior.base.cdf(edges[:, None] + z_offset).numpy().astype(np.float64)
-    above = prior.base.survival_function(edges[:, None] + z_offset).numpy().astype(np.float64)
+    edges = np.append(grid - 0.5, MAX_HALF_WIDTH + 0.5)[:, None] + z_offset.astype(np.float64)
+    # Each side's tail is measured from its own end, where it is precise.
+    below, above = prior.base.cdf(edges).numpy(), prior.base.survival_function(edges).numpy()
     for channel in range(len(z_offset)):
         under, over = below[:, channel], above[:, channel]
         likely = np.flatnonzero((under[1:] > TAIL_MASS / 2) & (over[:-1] > TAIL_MASS / 2))

@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
+import tensorflow_compression as tfc
 
 import hyperprior
 from hyperprior import checkpoint, codec, entropy, exact, models, serving, stream
@@ -125,8 +126,9 @@ def constants(model: ScaleHyperprior, trained: checkpoint.Trained) -> dict[str, 
                 f"train it again with a lower train.learning_rate"
             )
     settings = trained.settings.model
-    z_offsets = exact.offsets(model.z_offset().numpy())
-    tables = entropy.build(model.prior, exact.offset_values(z_offsets), settings)
+    prior = entropy.in_float64(model.prior)
+    z_offsets = exact.offsets(tfc.quantization_offset(prior).numpy())
+    tables = entropy.build(prior, exact.offset_values(z_offsets), settings)
     arrays = {name: array for name, array in trained.arrays.items() if not name.startswith("h_s/")}
     for i, (kernel, bias) in enumerate(exact.integers(model.h_s, settings)):
         arrays |= {f"h_s/{i}/kernel": kernel, f"h_s/{i}/bias": bias}
