@@ -30,7 +30,7 @@ def prefer_onednn() -> None:
     """Imports TensorFlow with its oneDNN kernels on, unless it is imported or the environment decides.
 
     By itself TensorFlow does so only where a CPU has AVX512-VNNI or AMX. With AVX2 alone they halve the time of
-    the codec's transforms; a training step takes as long, and bfloat16 fails, so training leaves it alone.
+    the codec's transforms, and a training step with N=64 takes 0.77 of the time (as long with N=128).
     """
     if "tensorflow" not in sys.modules and "TF_ENABLE_ONEDNN_OPTS" not in os.environ:
         os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"

@@ -75,7 +75,7 @@ def train(
     settings = load_config(config, overrides or [])
     terminal = Terminal(quiet, as_json=as_json)
     folder = run or Path("runs") / config.stem
-    keep_freed_memory()
+    use_the_cpu_well(settings.train.precision)
     from hyperprior import train as job
 
     result = job.train(settings, folder, terminal)
@@ -114,7 +114,7 @@ def sweep(
 
     Example: `hyperprior sweep configs/quickstart.yaml --lambdas 0.0035,0.013,0.0483 --images kodak/`
     """
-    keep_freed_memory()
+    use_the_cpu_well()
     from hyperprior import sweep as job
     from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal
@@ -349,8 +349,7 @@ def evaluate(
     """
     from hyperprior.terminal import Terminal
 
-    keep_freed_memory()
-    prefer_onednn()
+    use_the_cpu_well()
     from hyperprior import evaluate as job
 
     options = job.Options(baselines, published, cache, gate, margin)
@@ -380,7 +379,7 @@ def bench(
         if word not in ("step", "input", "train", "start", "codec", "all"):
             raise ConfigError(f"`{word}` cannot be measured; step, input, train, start, codec and all can")
     settings = load_config(config, [word for word in what or [] if "=" in word])
-    keep_freed_memory()
+    use_the_cpu_well(settings.train.precision)
     from hyperprior import bench as job
     from hyperprior import checkpoint
     from hyperprior.terminal import Terminal
@@ -435,11 +434,11 @@ def config_command(
         print(settings.render(settings.load_config(config, overrides or [])), end="")
 
 
-def keep_freed_memory() -> None:
-    """Starts this process anew with an allocator that keeps freed tensors instead of faulting them in again.
+def use_the_cpu_well(precision: str = "float32") -> None:
+    """Starts this process anew with an allocator that keeps freed tensors, then imports TensorFlow with oneDNN on.
 
     glibc reads these settings only when a process starts; training steps take 0.8 of the time with them on
-    the CPU. Memory use is that of the largest step either way.
+    the CPU, where freed tensors are faulted in again otherwise. Memory use is that of the largest step either way.
     """
     settings = {
         "MALLOC_MMAP_THRESHOLD_": str(2**34),
@@ -449,6 +448,8 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and not settings.keys() & os.environ.keys():
         again = getattr(sys, "orig_argv", ["python", "-m", "hyperprior", *sys.argv[1:]])  # since Python 3.10
         os.execve(sys.executable, [sys.executable, *again[1:]], {**os.environ, **settings})
+    if precision == "float32":  # on a CPU without AVX-512 oneDNN does not know the others
+        prefer_onednn()
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Optional, TypeVar
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.distribute import collective_all_reduce_strategy
+from tensorflow.python.util import _pywrap_util_port
 
 from hyperprior import config
 from hyperprior.errors import ConfigError, HyperpriorError, LostWorker, error_type
@@ -151,7 +152,7 @@ class World:
         """What the bits of a training step depend on besides (config, seed, step); kept in checkpoints."""
         return {
             "tensorflow": tf.__version__,
-            "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1"),
+            "onednn": str(int(_pywrap_util_port.IsMklEnabled())),
             "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count(),
             "devices": f"{self.replicas} x {self.device_kind}",
             "workers": self.workers,

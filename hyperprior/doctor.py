@@ -89,7 +89,7 @@ def loads(library: str) -> bool:
 def cpu() -> Finding:
     known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpu_flags()]
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
-    onednn = f"TF_ENABLE_ONEDNN_OPTS={setting}" if setting else "oneDNN where TensorFlow thinks it pays"
+    onednn = f"TF_ENABLE_ONEDNN_OPTS={setting}" if setting else "oneDNN on for float32"
     return Finding("CPU", f"{len(os.sched_getaffinity(0))} cores, {', '.join(known) or 'no AVX2'}, {onednn}")
 
 

@@ -75,5 +75,5 @@ if __name__ == "__main__":
         name, _, value = fault.partition("=")
         globals()[name](value)
     sys.argv[1:] = rest
-    cli.keep_freed_memory = lambda: None
+    cli.use_the_cpu_well = lambda *precision: None
     cli.main()

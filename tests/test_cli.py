@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 import tarfile
@@ -40,6 +44,46 @@ def test_every_command_explains_itself_with_an_example(hyperprior: Command) -> N
         assert "Example" in shown and f"hyperprior {name} " in shown, name
         assert "--json" in shown or name == "config", name  # which prints YAML
         assert "\x1b" not in shown
+
+
+def on_a_terminal(folder: Path, *arguments: str, **environment: str) -> str:
+    """What the command shows on a terminal of its own."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "hyperprior", *arguments]
+    variables = {**os.environ, "TERM": "xterm", **environment}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables, cwd=folder) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # raised at its end
+            while data := terminal.read(1 << 16):
+                shown += data
+    assert process.returncode == 0, shown
+    return shown.decode()
+
+
+def test_colour_only_on_a_terminal_and_never_with_no_color(hyperprior: Command, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    photo(1).save(tmp_path / "photos" / "good.png")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    colour = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7])m")
+    bright = on_a_terminal(tmp_path, "pack", "photos", "--out", "bright")
+    plain = on_a_terminal(tmp_path, "pack", "photos", "--out", "plain", NO_COLOR="1")
+    piped = hyperprior("pack", "photos", "--out", "piped").stderr
+    assert all("broken" in shown for shown in (bright, plain, piped))
+    assert [bool(colour.search(shown)) for shown in (bright, plain, piped)] == [True, False, False]
+
+
+def test_shells_complete_commands_and_options(hyperprior: Command) -> None:
+    def completed(words: str) -> list[str]:
+        asked = {"_HYPERPRIOR_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        code = "from hyperprior.__main__ import main; import sys; sys.argv[0] = 'hyperprior'; main()"
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **asked}
+        ).stdout.split()
+
+    assert completed("hyperprior ev") == ["evaluate"]
+    assert "--lambdas" in completed("hyperprior sweep --l")
+    assert "bash" in hyperprior("--show-completion", "bash", check=None).stdout
 
 
 @pytest.mark.parametrize(

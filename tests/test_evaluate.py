@@ -259,7 +259,7 @@ def test_the_gate_passes_what_is_as_good_and_stops_what_is_worse(
 
     arguments = ["b", "--images", folder, "--out", tmp_path / "cli", "--baselines", "none", "--gate", stored]
     monkeypatch.setattr(sys, "argv", ["hyperprior", "evaluate", *map(str, arguments)])
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(cli, "use_the_cpu_well", lambda *precision: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 1 and (tmp_path / "cli" / "summary.json").exists()
