@@ -6,7 +6,8 @@ import contextlib
 import csv
 import importlib.resources
 import io
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -23,6 +24,9 @@ DEAREST = 10  # channels
 PAPER = "Balle et al. 2018 (paper)"
 JPEG_QUALITIES, JPEG_IMAGES = (10, 20, 35, 50, 70, 85), 64
 
+Curve = list[tuple[float, float]]  # (bpp, PSNR in dB)
+Images = Callable[[], Generator[np.ndarray, None, None]]  # [H, W, 3] uint8, anew at each call
+
 
 class Look(NamedTuple):
     """One image as it comes out of the model: pixels [H, W, 3] uint8, `bits` of y [H/16, W/16, M]."""
@@ -35,6 +39,31 @@ class Look(NamedTuple):
     bpp: float
     psnr_db: float
     ms_ssim: Optional[float]
+
+
+class Monitor:
+    """Shows the first `count` of the validation images that `images()` gives: the same ones all run long."""
+
+    def __init__(
+        self, hyperprior: ScaleHyperprior, images: Callable[[], Generator[np.ndarray, None, None]], count: int
+    ):
+        self.hyperprior, self.images, self.count = hyperprior, images, count
+        self.look: Optional[Callable[[np.ndarray, tf.Tensor], Look]] = None  # traced when it is first needed
+        self.anchors: Optional[tuple[Curve, Curve]] = None
+
+    def show(self, report: Summaries, step: int, course: Curve) -> None:
+        """Pictures, latents, and the R-D plane with the `course` of the run's validations, (bpp, PSNR in dB)."""
+        self.look = self.look or make_look(self.hyperprior)
+        z_offset = self.hyperprior.z_offset()
+        with contextlib.closing(self.images()) as images:
+            looks = [self.look(image, z_offset) for image in itertools.islice(images, self.count)]
+        show_looks(report, step, looks, self.hyperprior.named_variables())
+        if not self.anchors:
+            with contextlib.closing(self.images()) as images:
+                self.anchors = jpeg_curve(images), published_curve()
+        if course:
+            plane = rd_plane(course, *self.anchors)
+            report.picture("rd_plane", step, plane, "this run's validations, JPEG, the paper's curve")
 
 
 def make_look(hyperprior: ScaleHyperprior) -> Callable[[np.ndarray, tf.Tensor], Look]:
@@ -60,7 +89,7 @@ def make_look(hyperprior: ScaleHyperprior) -> Callable[[np.ndarray, tf.Tensor], 
     return look
 
 
-def show(report: Summaries, step: int, looks: Sequence[Look], parameters: dict[str, tf.Variable]) -> None:
+def show_looks(report: Summaries, step: int, looks: Sequence[Look], parameters: dict[str, tf.Variable]) -> None:
     """Pictures, histograms, and the channels of y that cost most, of the same images at every call."""
     for index, look in enumerate(looks):
         report.picture(f"reconstruction/{index}", step, sheet(look, step), "original, reconstruction, difference, bits")
@@ -120,7 +149,7 @@ def glow(share: np.ndarray) -> np.ndarray:
 # The R-D plane ------------------------------------------------------------------------------------------------
 
 
-def jpeg_curve(images: Iterator[np.ndarray]) -> list[tuple[float, float]]:
+def jpeg_curve(images: Iterator[np.ndarray]) -> Curve:
     """(bpp, PSNR in dB) of Pillow's JPEG over the first JPEG_IMAGES images: means over the images."""
     jpeg = baselines.choose("jpeg-opt", lambda text: None)[0]
     found: list[list[tuple[float, float]]] = [[] for _ in JPEG_QUALITIES]
@@ -132,16 +161,14 @@ def jpeg_curve(images: Iterator[np.ndarray]) -> list[tuple[float, float]]:
     return [(float(b), float(p)) for b, p in (np.mean(points, axis=0) for points in found if points)]
 
 
-def published_curve() -> list[tuple[float, float]]:
+def published_curve() -> Curve:
     """(bpp, PSNR in dB) of the paper's models for MSE, averages over Kodak."""
     source = importlib.resources.files("hyperprior") / "kodak_rd.csv"
     rows = [row for row in csv.DictReader(io.StringIO(source.read_text("utf-8"))) if row["codec"] == PAPER]
     return sorted((float(r["bpp"]), float(r["psnr_db"])) for r in rows if r["optimized_for"] == "mse")
 
 
-def rd_plane(
-    course: Sequence[tuple[float, float]], jpeg: Sequence[tuple[float, float]], published: Sequence[tuple[float, float]]
-) -> Image.Image:
+def rd_plane(course: Curve, jpeg: Curve, published: Curve) -> Image.Image:
     """The course of a run's validations, (bpp, PSNR in dB), beside JPEG on the same images and a published curve."""
     from matplotlib.figure import Figure  # takes a second to import
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional
 
@@ -33,8 +32,6 @@ from hyperprior.terminal import Terminal, Track
 BAD_JUDGED_OVER = 1000  # samples
 LOST_JUDGED_OVER = 100  # shards begun
 
-Curve = list[tuple[float, float]]
-
 
 @dataclasses.dataclass
 class State:
@@ -53,7 +50,7 @@ class State:
     best_loss: Optional[float] = None
     best_step: int = 0
     stale: int = 0  # validations since the best
-    course: Curve = dataclasses.field(default_factory=list)  # (bpp, PSNR in dB) of the validations
+    course: monitor.Curve = dataclasses.field(default_factory=list)  # (bpp, PSNR in dB) of the validations
     logged_step: int = 0
     sums: list[float] = dataclasses.field(default_factory=list)  # of the metrics since logged_step
 
@@ -151,9 +148,8 @@ class Trainer:
         self.reading = stream.Reading()
         self.train_steps = steps.make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
         self.eval_step = steps.make_eval_step(world, self.model, settings)
-        self.look: Optional[Callable[[np.ndarray, tf.Tensor], monitor.Look]] = None
+        self.monitor = monitor.Monitor(self.model, self.val_images, settings.summaries.num_images)
         self.tracing = False
-        self.anchors: Optional[tuple[Curve, Curve]] = None
 
     def steps_of(self, interval: int | str | None) -> int:
         """An interval in steps; 0: never."""
@@ -585,20 +581,8 @@ class Trainer:
         if not self.world.is_chief or not self.splits.val.images or not self.settings.summaries.num_images:
             return
         began = time.perf_counter()
-        with contextlib.closing(self.val_images()) as images:
-            shown = list(itertools.islice(images, self.settings.summaries.num_images))
-        if not self.look:
-            self.look = monitor.make_look(self.model)
         with self.optimizer.averaged_weights():
-            z_offset = self.model.z_offset()
-            looks = [self.look(image, z_offset) for image in shown]
-            monitor.show(self.report, self.state.step, looks, self.model.named_variables())
-        if not self.anchors:
-            with contextlib.closing(self.val_images()) as images:
-                self.anchors = monitor.jpeg_curve(images), monitor.published_curve()
-        if self.state.course:
-            plane = monitor.rd_plane(self.state.course, *self.anchors)
-            self.report.picture("rd_plane", self.state.step, plane, "this run's validations, JPEG, the paper's curve")
+            self.monitor.show(self.report, self.state.step, self.state.course)
         self.log_began += time.perf_counter() - began
 
     def val_images(self) -> Generator[np.ndarray, None, None]:
