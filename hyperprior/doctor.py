@@ -23,6 +23,7 @@ from hyperprior.config import Config
 from hyperprior.errors import HyperpriorError
 from hyperprior.lanes import Cursor
 from hyperprior.model import ScaleHyperprior
+from hyperprior.transforms import cpu_flags
 
 CUDA_LIBRARIES = ("libcudart.so.11.0", "libcublas.so.11", "libcudnn.so.8")  # what TensorFlow 2.14.1 was built with
 READ_SECONDS = 3.0
@@ -91,14 +92,6 @@ def cpu() -> Finding:
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
     onednn = f"TF_ENABLE_ONEDNN_OPTS={setting}" if setting else "oneDNN on for float32"
     return Finding("CPU", f"{len(os.sched_getaffinity(0))} cores, {', '.join(known) or 'no AVX2'}, {onednn}")
-
-
-def cpu_flags() -> set[str]:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.split())
-    return set()
 
 
 def precision(settings: Optional[Config]) -> list[Finding]:

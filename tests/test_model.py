@@ -113,6 +113,25 @@ def test_gdn_in_pieces_is_the_plain_form_with_its_gradient(
     assert found_pieces == [count if known else 1]  # equal ones: 2501 pixels have no divisor near 2048
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("size", "sides"), [(5, (32, 16)), (5, (2, 4)), (3, (8, 6))])
+def test_convolutions_by_products_have_the_gradients_of_the_plain_form(
+    transpose: bool, size: int, sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = transforms.Conv(4, 6, size, 2, transpose=transpose)
+    rng = np.random.RandomState(0)
+    x = tf.Variable(rng.normal(size=(3, *sides, 4)), dtype=tf.float32)
+    outputs = [side * 2 if transpose else side // 2 for side in sides]
+    dy, found = tf.constant(rng.normal(size=(3, *outputs, 6)), tf.float32), []
+    for pays in (True, False):
+        monkeypatch.setattr(transforms, "products_pay", lambda *_, pays=pays: pays)
+        with tf.GradientTape() as tape:
+            y = layer(x)
+        found.append([y, *tape.gradient(y, [x, layer.kernel, layer.bias], output_gradients=dy)])
+    for ours, theirs in zip(*found):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
 def test_the_transforms_have_the_papers_shapes() -> None:
     m = model.ScaleHyperprior(SETTINGS)
     x = images(1, 2, 128, 192)
