@@ -77,7 +77,8 @@ def up(x: tf.Tensor, kernel: tf.Tensor, stride: int = 2) -> tf.Tensor:
 def products_pay(x: tf.Tensor, kernel_shape: tf.TensorShape) -> bool:
     """Whether `kernel_gradient` is faster than what it stands for: where oneDNN has no kernel for AVX-512, its
     gradient by a wide kernel runs at half the rate of the rest. At N=128 a step takes 0.83 of the time."""
-    wide = x.dtype == tf.float32 and x.shape.is_fully_defined() and min(kernel_shape[2:]) >= 128
+    known = x.dtype == tf.float32 and x.shape.is_fully_defined()
+    wide = known and min(kernel_shape[2:]) >= 128 and math.prod(x.shape[1:3]) >= 32 * 32
     return wide and "avx512f" not in cpu_flags() and not tf.config.list_logical_devices("GPU")
 
 
@@ -114,18 +115,20 @@ def kernel_gradient(x: tf.Tensor, dy: tf.Tensor, size: int) -> tf.Tensor:
     outputs, before = dy.shape[3], (size - 2) // 2
     rows, columns = height // 2 + size // 2, width // 2 + size // 2
     run = (height // 2 - 1) * columns + width // 2  # pixels from the first output to the last
+    taps = [divmod(tap, size) for tap in range(size**2)]
+    first = [((r % 2 * 2 + c % 2) * rows + r // 2) * columns + c // 2 for r, c in taps]  # where each one's run begins
 
     def add_image(i: tf.Tensor, total: tf.Tensor) -> Any:
         edges = [[before, 2 * rows - height - before], [before, 2 * columns - width - before], [0, 0]]
-        apart = tf.reshape(tf.pad(x[i], edges), (rows, 2, columns, 2, channels))
-        runs = [[tf.reshape(apart[:, r, :, c], (-1, channels)) for c in (0, 1)] for r in (0, 1)]
+        apart = tf.transpose(tf.reshape(tf.pad(x[i], edges), (rows, 2, columns, 2, channels)), (1, 3, 0, 2, 4))
+        pixels = tf.reshape(apart, (-1, channels))
         d = tf.reshape(tf.pad(dy[i], [[0, 0], [0, columns - width // 2], [0, 0]]), (-1, outputs))[:run]
-        taps = []
-        for r in range(size):
-            for c in range(size):
-                first = r // 2 * columns + c // 2
-                taps.append(tf.linalg.matmul(runs[r % 2][c % 2][first : first + run], d, transpose_a=True))
-        return i + 1, total + tf.stack(taps)
+        return i + 1, total + tf.map_fn(
+            lambda begin: tf.linalg.matmul(pixels[begin : begin + run], d, transpose_a=True),
+            tf.constant(first),
+            parallel_iterations=1,
+            fn_output_signature=tf.TensorSpec((channels, outputs)),
+        )
 
     nothing = tf.zeros((size**2, channels, outputs))
     _, total = tf.while_loop(lambda i, _: i < batch, add_image, (0, nothing), parallel_iterations=1)

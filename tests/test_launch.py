@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -87,3 +88,14 @@ def test_the_papers_curve_has_the_published_lambdas_and_sizes(stand_in: dict[str
     assert (large.model.num_filters, large.model.latent_channels) == (192, 320)
     assert evaluation.startswith(f"evaluate runs/paper-{metric}/lambda-") and "--images kodak/" in evaluation
     assert subprocess.run([script, "psnr", "x"], env=stand_in, capture_output=True).returncode == 2
+
+
+@pytest.mark.slow
+def test_the_quickstart_goes_from_a_clone_to_a_result_and_says_when_it_is_done(tmp_path: Path) -> None:
+    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "clone"], check=True)
+    for said in ("use      hyperprior compress", "is done"):
+        command = ["./launch/quickstart.sh", "train.steps=60", "train.validate_every=30"]
+        result = subprocess.run(command, cwd=tmp_path / "clone", capture_output=True, text=True)
+        assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
+    found = json.loads((tmp_path / "clone/runs/quickstart/results.json").read_text())
+    assert found["images"] == 2 and found["psnr_db"] > 24.0 and found["trained_steps"] == 60
