@@ -318,7 +318,9 @@ def pack_command(
 
 @app.command()
 def evaluate(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Model directories, or runs that hold one.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL", help="Models in the box, .npz files, model directories, or runs.")
+    ],
     images: Annotated[Path, typer.Option(help="Directory of images.")],
     out: Annotated[Path, typer.Option(help="Directory of the results; those of an earlier call are replaced.")],
     baselines: Annotated[

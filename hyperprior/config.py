@@ -358,8 +358,13 @@ def load_config(path: Optional[Path], overrides: list[str]) -> Config:
     if path is not None:
         try:
             tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config {path} is no text: {error}") from error
+        except OSError as error:
+            others = [str(other) for other in path.parent.glob("*.yaml")]
+            close = difflib.get_close_matches(str(path), others, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"config {path} cannot be read: {error.strerror}{hint}") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: a config is a mapping of sections; found {type(tree).__name__}")
     for override in overrides:

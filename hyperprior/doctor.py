@@ -40,7 +40,7 @@ class Finding(NamedTuple):
 
     def line(self) -> str:
         return f"{'!' if self.remedy else ' '} {self.name:<12} {self.text}" + (
-            f": {self.remedy}" if self.remedy else ""
+            f"; {self.remedy}" if self.remedy else ""
         )
 
 
@@ -162,7 +162,11 @@ def sources(settings: Config) -> list[Finding]:
     if skipped["small"]:
         text += f", {skipped['small'] / (count + sum(skipped.values())):.0%} of the images are smaller than that"
     bad = skipped["bad"] + skipped["lost"]
-    read = Finding("sources", text, f"{bad} samples were unusable; `hyperprior inspect` names them" if bad else None)
+    share = bad / max(count + sum(skipped.values()), 1)
+    remedy = f"{share:.1%} of what was read is unusable: `hyperprior inspect` names it" if bad else None
+    if share > settings.data.max_bad_fraction:
+        remedy = f"{remedy}; training stops beyond data.max_bad_fraction={settings.data.max_bad_fraction}"
+    read = Finding("sources", text, remedy)
     if tf.config.list_physical_devices("GPU"):
         return [read, Finding("bottleneck", "`hyperprior bench CONFIG step input` measures step and input on the GPU")]
     model = ScaleHyperprior(settings.model)

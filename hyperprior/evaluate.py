@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from hyperprior import __version__, baselines, codec, gate, images, plots, rd, report
+from hyperprior import __version__, baselines, codec, gate, images, plots, rd, report, shards
 from hyperprior.checkpoint import write_text, write_whole
 from hyperprior.errors import ConfigError, DataError, GateError
 from hyperprior.files import IMAGE_SUFFIXES
@@ -29,6 +29,7 @@ from hyperprior.terminal import Terminal
 
 KODAK = {f"kodim{number:02d}.png" for number in range(1, 25)}
 METRICS = {"mse": "MSE", "ms-ssim": "MS-SSIM"}
+SHEET_MODELS = 3  # of different curves, at most, beside each other in pictures
 SHEET_PICTURES, SHEET_BPP = 4, 0.3  # the sheet shows the model nearest to a rate at which the differences show
 REPORT_PICTURES = 24
 SHEET_BASELINES = ("jpeg-opt", "avif")
@@ -86,15 +87,11 @@ class Photo:
 class Model:
     name: str
     codec: Any  # of codec.load
+    curve: str
 
     def facts(self) -> dict[str, Any]:
         loss = self.codec.config.loss
         return {"lambda": loss.lmbda, "metric": loss.metric, "fingerprint": self.codec.fingerprint}
-
-    @property
-    def curve(self) -> str:
-        """Models that differ in lambda alone form one curve."""
-        return f"hyperprior, {METRICS[self.codec.config.loss.metric]}"
 
 
 def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, terminal: Terminal) -> dict[str, Any]:
@@ -138,8 +135,11 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
         out / "summary.md", "\n".join([*ours, *describe_points(points, "baseline"), *describe_how(points)]) + "\n"
     )
     draw(points, out)
-    shown = min(models, key=lambda model: abs(rate_of(model, points) - SHEET_BPP))
-    title = f"{shown.name}: {shown.curve}, lambda {shown.facts()['lambda']:g}"
+    nearest = sorted(models, key=lambda model: abs(rate_of(model, points) - SHEET_BPP))
+    # Of each curve the model whose rate suits a sheet best, the first curve first.
+    shown = [next(model for model in nearest if model.curve == c) for c in dict.fromkeys(m.curve for m in models)]
+    shown = shown[:SHEET_MODELS]
+    title = "; ".join(f"{model.name}: {model.curve}, lambda {model.facts()['lambda']:g}" for model in shown)
     sheet_rows, pictures = compared(shown, photos, chosen)
     sheet = plots.picture_sheet(title, sheet_rows)
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
@@ -162,7 +162,7 @@ def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] =
     """
     try:
         list(folder.iterdir())  # which raises where rglob finds nothing
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        paths = shards.files_below(folder, IMAGE_SUFFIXES)
     except OSError as error:
         raise DataError(f"--images {folder} cannot be read: {error.strerror}; give a directory of images") from error
     paths = [path for path in paths if out is None or out.resolve() not in path.resolve().parents]
@@ -188,7 +188,27 @@ def load_models(paths: Sequence[Path]) -> list[Model]:
     names = [path.resolve().parent.name if path.name == "model" else path.resolve().name for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a model is given twice; name each once")
-    return [Model(n if names.count(n) == 1 else str(p), codec.load(p)) for n, p in zip(names, paths)]
+    names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths)]
+    return name_curves({name: codec.load(path) for name, path in zip(names, paths)})
+
+
+def name_curves(codecs: dict[str, Any]) -> list[Model]:
+    """Models of one metric are one curve; where a lambda comes again in their order, another begins."""
+    models = []
+    for metric, title in METRICS.items():
+        curves: list[dict[float, str]] = []  # each: lambda → name
+        for name, loaded in codecs.items():
+            loss = loaded.config.loss
+            if loss.metric == metric:
+                if not curves or loss.lmbda in curves[-1]:
+                    curves.append({})
+                curves[-1][loss.lmbda] = name
+        for curve in curves:
+            first, *_, last = [*curve.values()] * 2
+            label = f"hyperprior, {title}" if len(curves) == 1 else f"{first} to {last}" if len(curve) > 1 else first
+            models += [Model(name, codecs[name], label) for name in curve.values()]
+    order = list(codecs)
+    return sorted(models, key=lambda model: order.index(model.name))
 
 
 def read_published(choice: Optional[str], photos: Sequence[Photo]) -> list[dict[str, Any]]:
@@ -416,9 +436,9 @@ def rate_of(model: Model, points: Sequence[dict[str, Any]]) -> float:
 
 
 def compared(
-    model: Model, photos: Sequence[Photo], chosen: Sequence[baselines.Baseline]
+    models: Sequence[Model], photos: Sequence[Photo], chosen: Sequence[baselines.Baseline]
 ) -> tuple[list[list[plots.Picture]], list[dict[str, Any]]]:
-    """(rows of the sheet, pictures of the report): the original, ours, and baselines of at most as many bytes.
+    """(rows of the sheet, pictures of the report): the original, ours, and baselines of at most the first's bytes.
 
     Both show photos that are evenly spaced by name, the report more of them.
     """
@@ -427,10 +447,11 @@ def compared(
     for photo in (photo for photo in photos if photo in in_sheet | in_report):
         pixels = photo.pixels()
         row = [plots.Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
-        data = model.codec.compress(pixels)
-        coded = [("hyperprior", data, model.codec.decompress(data), "")]
+        files = [model.codec.compress(pixels) for model in models]
+        titles = [model.name for model in models] if len(models) > 1 else ["hyperprior"]
+        coded = [(t, f, model.codec.decompress(f), "") for t, f, model in zip(titles, files, models)]
         for baseline in (b for b in chosen if b.name in SHEET_BASELINES):
-            file, quality = baselines.fit(baseline, pixels, len(data))
+            file, quality = baselines.fit(baseline, pixels, len(files[0]))
             kind = f"image/{baseline.format.lower()}"
             coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file), kind))
         versions = []

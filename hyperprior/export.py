@@ -87,7 +87,11 @@ def export_file(run: Path, out: Path, terminal: Terminal) -> dict[str, Any]:
     rounded = dataclasses.replace(trained, arrays={name: a.astype(np.float32) for name, a in short.items()})
     _, arrays, description = make(rounded, weights, str(out), short)
     checkpoint.save(out, arrays, description, compressed=True)
-    return facts(out, description, terminal)
+    found = facts(out, description, terminal)
+    terminal.say(
+        f"         float16 weights: a model of its own. It does not read what {run}/model wrote, nor that its files"
+    )
+    return found
 
 
 def make(

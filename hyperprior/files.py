@@ -63,7 +63,7 @@ def pair(
         if source == STANDARD or (path.exists() and not path.is_dir()):
             found.append((source, path.name))
         elif path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in suffixes and p.is_file()]
+            inside = shards.files_below(path, suffixes)
             if not inside:
                 raise ConfigError(f"{path} holds no file with one of {', '.join(suffixes)}")
             found += [(str(p), str(p.relative_to(path))) for p in inside]
@@ -236,7 +236,7 @@ def describe(found: dict[str, Any]) -> str:
     parts = [f"{found['width']}x{found['height']}"]
     if num_bytes := found.get("bytes"):
         pixels = found["width"] * found["height"]
-        parts.append(f"{num_bytes:,} bytes  {8 * num_bytes / pixels:.3f} bpp  {3 * pixels / num_bytes:.1f}:1")
+        parts.append(f"{num_bytes:,} bytes  {8 * num_bytes / pixels:.3f} bpp")
     parts.append(f"{found['seconds']:.2f} s")
     if "psnr_db" in found:
         parts.append(f"PSNR {found['psnr_db']:.2f} dB")

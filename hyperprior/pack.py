@@ -72,7 +72,7 @@ class Report:
 
 def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Terminal) -> Report:
     """Decodes every image of the sources as training does. Raises DataError for a source that cannot be opened."""
-    found = shards.open_sources(sources, "SOURCE", allow_pipe=allow_pipe)
+    found = shards.open_sources(sources, "source", allow_pipe=allow_pipe)
     report = Report(shards=len(found), patch_size=patch_size)
     formats: collections.Counter[str] = collections.Counter()
     ignored: collections.Counter[str] = collections.Counter()
@@ -153,7 +153,7 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
     """
     if options.encode not in (None, "jpeg", "png"):
         raise ConfigError(f"--encode is {options.encode!r}; allowed are jpeg and png")
-    found = shards.open_sources(sources, "SOURCE", allow_pipe=allow_pipe)
+    found = shards.open_sources(sources, "source", allow_pipe=allow_pipe)
     with checkpoint.only_one(out):
         samples = [(s.key, size_of(s)) for shard in found for s in shard.samples()]
         plan = json.dumps({"samples": f"{lanes.draw(samples):016x}", "options": options._asdict()})

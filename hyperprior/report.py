@@ -17,7 +17,7 @@ from hyperprior import plots
 SIDE = 768  # pixels of the detail that the report shows of a picture, so that it stays a file to send
 ROW = ["curve", "point", "image", "width", "height", "bytes", "bpp", "psnr_db", "ms_ssim"]
 ROW += ["encode_seconds", "decode_seconds"]
-POINT = ["kind", "curve", "point", "bpp", "psnr_db", "ms_ssim_db"]
+POINT = ["kind", "curve", "point", "bpp", "psnr_db", "ms_ssim_db", "ms_ssim", "lambda", "metric", "loss"]
 
 
 class Version(NamedTuple):
@@ -67,8 +67,8 @@ def render(summary: dict[str, Any], rows: Sequence[dict[str, Any]], pictures: Se
         "bd": summary["bd"],
         "rows": [{key: row.get(key) for key in ROW} for row in rows],
         "pictures": pictures,
-        "pictures_about": "Move the line: the original is left of it. Other codecs' files are as large as ours, or "
-        f"the next smaller. Large pictures show the {SIDE} x {SIDE} pixels of most detail; numbers are of the whole.",
+        "pictures_about": "Move the line: the original is left of it. Other codecs' files are as large as the first, "
+        f"or next smaller. Large pictures show the {SIDE} x {SIDE} pixels of most detail, numbers are of the whole.",
     }
     page = (importlib.resources.files("hyperprior") / "report.html").read_text("utf-8")
     # Nothing that a file is named can end the script.

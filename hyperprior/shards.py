@@ -14,7 +14,7 @@ import itertools
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Optional
@@ -100,6 +100,12 @@ def is_image(name: str) -> bool:
     path = PurePosixPath(name)
     # "._name" is what macOS puts beside a file: not an image, whatever its extension says.
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+
+
+def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files below a folder whose names end so, in order; macOS's "._name" are none."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    return sorted(path for path in found if not path.name.startswith("._"))
 
 
 def is_tar(name: str) -> bool:
@@ -287,7 +293,7 @@ def open_sources(sources: Iterable[str], key: str, *, allow_pipe: bool = False) 
         for location in expand_braces(source):
             found += open_location(location, key, allow_pipe)
         if not found:
-            raise DataError(f"{key}: {source} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}) and no tar")
+            raise DataError(f"{key} {source} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}) and no tar")
         shards += found
     return shards
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+WIDE = 140  # characters: from here on a bar and the time taken fit too
+
 
 class Terminal:
     """`say` for what happens, `warn` for what may be wrong, `track` for what takes long.
@@ -42,11 +44,12 @@ class Terminal:
         if not self.console.is_terminal:
             yield Track(self, None, total)
             return
+        wide = self.console.width >= WIDE
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            *([BarColumn()] if wide else []),  # step and time left come first
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if wide else []),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
@@ -62,10 +65,20 @@ class Track:
     def update(self, done: int, note: Optional[str] = None) -> None:
         if self.bar:
             progress, task = self.bar
-            progress.update(task, completed=done, **({} if note is None else {"note": note}))
+            width = self.terminal.console.width
+            room = width - (84 if width >= WIDE else 40)  # what the columns before the note take
+            progress.update(task, completed=done, **({} if note is None else {"note": shortened(note, room)}))
 
     def line(self, done: int, note: str) -> None:
         """A note beside the bar, or a line of its own where there is no bar."""
         self.update(done, note)
         if not self.bar:
             self.terminal.say(f"{done}/{self.total}  {note}")
+
+
+def shortened(note: str, room: int) -> str:
+    """As many of its parts, two spaces apart, as fit, but at least the first."""
+    parts = note.split("  ")
+    while len(parts) > 1 and len("  ".join(parts)) > room:
+        parts.pop()
+    return "  ".join(parts)

@@ -333,7 +333,9 @@ class Trainer:
         self.stop.in_loop = True
         try:
             stopped = False
-            if self.due("validate") and state.step > state.validated_step:  # a stop had cut it short
+            # A stop had cut it short; or what training starts from is to be told apart from what it makes.
+            begins = bool(self.settings.train.start_from) and not state.step and state.best_loss is None
+            if self.due("validate") and (state.step > state.validated_step or begins):
                 stopped = not self.validate(track)
                 self.save()
             while not stopped and not self.finished():
@@ -479,8 +481,9 @@ class Trainer:
         share = self.settings.data.max_bad_fraction
         if found > share * max(seen, at_least):
             raise DataError(
-                f"{found} of {seen} {what}, more than data.max_bad_fraction={share} (judged over at least "
-                f"{at_least}); {self.run / 'metrics.jsonl'} names each, `hyperprior inspect` finds them all"
+                f"{found} of {seen} {what}, counted each time they come: more than "
+                f"data.max_bad_fraction={share} of {max(seen, at_least):,}; {self.run / 'metrics.jsonl'} names each, "
+                f"`hyperprior inspect` finds them all: remove them, or raise data.max_bad_fraction"
             )
 
     def name(self, skip: stream.Skip) -> None:
@@ -616,6 +619,7 @@ class Trainer:
             "step": step,
             "trained_steps": self.state.step,
             "split": self.splits.test_name,
+            "split_images": self.splits.test.images,
             "eval_crop": self.settings.data.eval_crop,
             "lambda": self.settings.loss.lmbda,
             "metric": self.settings.loss.metric,
@@ -628,9 +632,12 @@ def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
     if "loss" not in result:
         return [f"{result['trained_steps']} steps; no images were set apart for a test (data.test, data.test_split)"]
     what = "the held-out test images" if result["split"] == "test" else "the validation images (no test split)"
+    used = result["images"]
+    of = result.get("split_images", used)  # which results of older runs do not tell
+    images = f"{used} images" if used == of else f"{used} of its {of} images (others are too small or broken)"
     return [
         f"result on {what}: {summaries.describe(result)}",
-        f"         {result['images']} images, weights of step {result['step']} of {result['trained_steps']}",
+        f"         {images}, weights of step {result['step']} of {result['trained_steps']}",
         f"run      {run}: config.yaml, checkpoints/, metrics.jsonl, results.json",
         f"watch    tensorboard --logdir {run}",
         f"use      hyperprior compress IMAGE --model {run}",

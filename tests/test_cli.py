@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Command, encoded, photo, photos, tar_bytes
+from rich.console import Console
 
 from hyperprior import cli
+from hyperprior.terminal import Terminal
 
 
 def test_help_and_config_errors_do_not_import_tensorflow(tmp_path: Path) -> None:
@@ -71,6 +74,18 @@ def test_colour_only_on_a_terminal_and_never_with_no_color(hyperprior: Command, 
     piped = hyperprior("pack", "photos", "--out", "piped").stderr
     assert all("broken" in shown for shown in (bright, plain, piped))
     assert [bool(colour.search(shown)) for shown in (bright, plain, piped)] == [True, False, False]
+
+
+def test_progress_on_a_narrow_terminal_keeps_the_step_and_the_time_left() -> None:
+    shown = {}
+    for width in (80, 140):
+        terminal = Terminal()
+        terminal.console = Console(file=io.StringIO(), force_terminal=True, width=width)
+        with terminal.track("training", 12000) as track:
+            track.line(5342, "loss 1.5296  bpp 0.6883  PSNR 32.07 dB  42.0 images/s")
+        shown[width] = terminal.console.file.getvalue()  # type: ignore[attr-defined]
+    assert all("5342/12000" in text and "loss 1.5296" in text for text in shown.values())
+    assert "42.0 images/s" in shown[140] and "42.0" not in shown[80] and "…" not in shown[80]
 
 
 def test_shells_complete_commands_and_options(hyperprior: Command) -> None:

@@ -201,6 +201,22 @@ def test_results_are_means_over_images_of_what_the_files_are(
     assert (tmp_path / "out" / "rd_psnr.svg").read_text().rstrip().endswith("</svg>")
 
 
+def test_models_of_one_lambda_are_curves_of_their_own_and_stand_side_by_side(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel]
+) -> None:
+    models["mine"] = models["c"]
+    summary = run(tmp_path, ["c", "mine"], folder)
+    assert [point["curve"] for point in summary["points"] if point["kind"] == "model"] == ["c", "mine"]
+    page = re.search(r'id="data">(.*?)</script>', (tmp_path / "out" / "report.html").read_text(), re.DOTALL)
+    assert page
+    shown = json.loads(page[1])
+    assert [version["title"] for version in shown["pictures"][0]["versions"]][:2] == ["c", "mine"]
+    assert all(point["loss"] > 0 and point["lambda"] == 0.0067 for point in shown["points"][:2])
+    two = run(tmp_path, ["a", "b", "mine", "c"], folder, out="two")
+    curves = {point["point"]: point["curve"] for point in two["points"] if point["kind"] == "model"}
+    assert curves == {"a": "a to mine", "b": "a to mine", "mine": "a to mine", "c": "c"}
+
+
 def test_a_warm_up_is_not_counted(tmp_path: Path, folder: Path, models: dict[str, JpegModel]) -> None:
     before = models["a"].calls
     run(tmp_path, "a", folder)
@@ -273,7 +289,7 @@ def test_the_gate_finds_its_result_by_lambda_and_then_by_name(
     run(tmp_path, "aeb", folder)
     models["renamed"] = JpegModel(30, 0.0035)
     models["e"] = JpegModel(61, 0.0018)
-    found = [evaluate.Model(name, models[name]) for name in ("renamed", "e")]
+    found = [evaluate.Model(name, models[name], "ours") for name in ("renamed", "e")]
     seen = {photo.path.name: photo.sha256 for photo in evaluate.find_photos(folder, print)}
     fitting = gate.read(stored, tmp_path / "again", seen, {model.name: model.facts() for model in found})
     assert {name: point["point"] for name, point in fitting.items()} == {"renamed": "b", "e": "e"}
@@ -374,7 +390,7 @@ def test_baselines_are_measured_once(
         """How many baseline points are measured, not kept; and the rows without the model's."""
         measured.clear()
         photos, chosen = evaluate.find_photos(folder, print), [BASELINES["jpeg"], BASELINES["webp"]]
-        rows = evaluate.measure(photos, [evaluate.Model("a", models["a"])], chosen, cache(), QUIET)
+        rows = evaluate.measure(photos, [evaluate.Model("a", models["a"], "ours")], chosen, cache(), QUIET)
         return len(measured) - len(photos), [row for row in rows if row["kind"] == "baseline"]
 
     def cache() -> baselines.Cache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,10 @@ def test_the_doctor_finds_what_is_wrong_and_says_what_to_do(
     assert "lower train.batch_size" in next(row for row in huge if row["name"] == "memory")["remedy"]
     lines = hyperprior("doctor", empty_config, "data.train=[missing.tar]").stdout.splitlines()
     assert any(line.startswith("! sources") and "missing.tar" in line for line in lines)
+    with tarfile.open(flat_tar, "a") as tar:
+        tar.addfile(tarfile.TarInfo("broken.jpg"))
+    source = next(row for row in json.loads(hyperprior(*arguments, "--json").stdout) if row["name"] == "sources")
+    assert "training stops beyond data.max_bad_fraction=0.01" in source["remedy"]
     hidden = hyperprior("doctor", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
     assert "CUDA_VISIBLE_DEVICES hides them" in hidden
 

@@ -291,6 +291,8 @@ def test_a_run_starts_from_the_best_weights_of_another(
     for name, array in best.items():
         assert np.array_equal(found[f"model/{name}"], array), name
         assert np.allclose(found[f"optimizer/average/{name}"], array, rtol=1e-6), name
+    rows = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "val"] == [0, 2, 4]  # 0: what it starts from
     refused = hyperprior("train", *later, "model.num_filters=16", "--run", "third", check=2).stderr
     assert "train.start_from: first: `g_a/0/bias` has shape (8,); this config expects (16,)" in refused
     refused = hyperprior("train", *later, "train.start_from=nowhere", "--run", "third", check=2).stderr
@@ -349,7 +351,10 @@ def test_too_many_bad_images_stop_the_run_and_few_do_not(
     assert lines(tmp_path / "few", "train")[-1]["skipped"] >= 2
     assert {"p003", "p009"} == {str(row["sample"])[-4:] for row in lines(tmp_path / "few", "skipped")}
     result = hyperprior(*arguments, "data.max_bad_fraction=0.001", "--run", "many", check=3)
-    assert "of" in result.stderr and "samples are unusable, more than data.max_bad_fraction=0.001" in result.stderr
+    assert (
+        "of" in result.stderr
+        and "samples are unusable, counted each time they come: more than data.max_bad_fraction=0.001" in result.stderr
+    )
 
 
 def test_the_nested_sample_of_imagenet_trains_in_place(
