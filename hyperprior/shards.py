@@ -293,7 +293,7 @@ def open_sources(sources: Iterable[str], key: str, *, allow_pipe: bool = False) 
         for location in expand_braces(source):
             found += open_location(location, key, allow_pipe)
         if not found:
-            raise DataError(f"{key} {source} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}) and no tar")
+            raise DataError(f"{key}: {source} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}) and no tar")
         shards += found
     return shards
 
