@@ -21,7 +21,7 @@ LATENT_GAIN = 4.0
 
 GDN_GAMMA = 0.1  # of each channel for itself, at first
 
-# GDN takes its input in pieces of this size, two at a time, so that temporaries stay in cache: outer layers take 0.6 of
+# GDN takes its input in pieces of this size, two at a time, so that temporaries stay in cache: outer layers take 0.8 of
 # the time that they take in one piece.
 PIECE_BYTES = 2**20
 
