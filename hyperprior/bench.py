@@ -425,7 +425,7 @@ def bench_codec(settings: Config, world: World, repeats: int, terminal: Terminal
     image = np.asarray(Image.fromarray(small).resize(PHOTO[::-1], Image.Resampling.BICUBIC))
     data = made.compress(image)
     y, z = made._latents([image])
-    decoded = made._decode([made.read(data)])
+    decoded, _ = made._decode([made.read(data)])
     found = {
         "compress": timed(lambda: made.compress(image), 2 * repeats),
         "  g_a and h_a": timed(lambda: made._latents([image]), 2 * repeats),

@@ -25,6 +25,10 @@ Model = Annotated[
     Optional[str],
     typer.Option(help="A run, what `hyperprior export` wrote, or a model in the box. Default: $HYPERPRIOR_MODEL."),
 ]
+Effort = Annotated[
+    int,
+    typer.Option(min=0, metavar="ROUNDS", help="Of a search for a smaller file of the same quality; try 20. Slower."),
+]
 Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
@@ -137,7 +141,7 @@ def sweep(
     else:
         runs = [job.search(plan, *next(iter(given.items())), terminal)]
     if images:
-        evaluate(runs, images, plan.out / "results", baselines, quiet=quiet or as_json)
+        evaluate(runs, images, plan.out / "results", baselines=baselines, quiet=quiet or as_json)
 
 
 @app.command()
@@ -168,6 +172,7 @@ def compress(
         Optional[int], typer.Option(help="A model in the box: 1 is smallest. Default: 3, unless a model is named.")
     ] = None,
     out: Out = None,
+    effort: Effort = 0,
     force: Force = False,
     verify: Annotated[bool, typer.Option("--verify", help="Decode too, and tell PSNR and MS-SSIM.")] = False,
     quiet: Quiet = False,
@@ -181,7 +186,7 @@ def compress(
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else images), as_json)
-    files.compress(images, models.chosen(model, quality), out, force, verify, terminal)
+    files.compress(images, models.chosen(model, quality), out, effort, force, verify, terminal)
 
 
 @app.command()
@@ -325,6 +330,7 @@ def evaluate(
     ],
     images: Annotated[Path, typer.Option(help="Directory of images.")],
     out: Annotated[Path, typer.Option(help="Directory of the results; those of an earlier call are replaced.")],
+    effort: Effort = 0,
     baselines: Annotated[
         str,
         typer.Option(help="all, none, or a list from jpeg,jpeg-opt,jpeg-444,webp,avif,avif-psnr,jpeg-2000,jpeg-xl."),
@@ -356,7 +362,7 @@ def evaluate(
     use_the_cpu_well()
     from hyperprior import evaluate as job
 
-    options = job.Options(baselines, published, cache, gate, margin)
+    options = job.Options(effort, baselines, published, cache, gate, margin)
     job.evaluate(models, images, out, options, Terminal(quiet, as_json=as_json))
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_compression as tfc
 
-from hyperprior import checkpoint, config, container, entropy, exact, model, models
+from hyperprior import checkpoint, config, container, entropy, exact, model, models, search
 from hyperprior.config import DOWNSAMPLING
-from hyperprior.errors import BitstreamError, DataError
+from hyperprior.errors import BitstreamError, ConfigError, DataError
 
 # One element of y stands for 16 x 16 pixels, one of z for 4 x 4 elements of y.
 Y_PIXELS, Z_ELEMENTS = 16, 4
@@ -29,6 +29,7 @@ TILE = 64  # elements of y along a side: 1024 pixels
 STRIP_AREA = 4096  # elements of z, so that images below 16 megapixels take a single strip
 # How far the transforms reach: g_a 30 pixels, g_s 2 elements of y, h_a 7 of y, h_s 2 of z.
 G_A_MARGIN, G_S_MARGIN, H_A_MARGIN, H_S_MARGIN = 2, 2, 2, 2  # in elements of y, y, z, z
+SEARCH_MARGIN = 2  # in elements of z: the error's gradient reaches 4 elements of y, h_s 2 of z
 BATCH_PIXELS = 2**20  # images are batched up to this many pixels
 
 
@@ -83,6 +84,9 @@ class Codec:
         self.index_sums = function(lambda z: exact.index_sums(z, self.z_offsets, self.layers), c, tf.int32)
         self.indexes = function(self._indexes, c, tf.int32)
         self.synthesise = function(self._synthesise, m, tf.float32)
+        shapes = [[1, None, None, channels] for channels in (m, m, 3, 1, 1)]
+        signature = [*(tf.TensorSpec(shape, tf.float32) for shape in shapes), tf.TensorSpec([], tf.int32)]
+        self.search = tf.function(self._search, input_signature=signature, autograph=False)
 
     def trained(self) -> checkpoint.Trained:
         """The weights, for a run to start from; those of h_s to the precision of its integers."""
@@ -109,14 +113,24 @@ class Codec:
         x = tf.clip_by_value(self._model.g_s(y), 0.0, 1.0)
         return tf.cast(tf.round(x * 255.0), tf.uint8)
 
+    def _search(
+        self, y: tf.Tensor, scales: tf.Tensor, x: tf.Tensor, real: tf.Tensor, inside: tf.Tensor, rounds: tf.Tensor
+    ) -> tf.Tensor:
+        weight = self.config.loss.lmbda * 255.0**2 / 3.0
+        return search.search(self._model.g_s, y, scales, x, real, inside, weight, rounds)
+
     # Images -----------------------------------------------------------------------------------------------
 
-    def compress(self, image: np.ndarray) -> bytes:
-        """A whole `.hyp` file of an [H, W, 3] uint8 image, sides 1 to 65,535. Raises DataError."""
-        return self.compress_batch([image])[0]
+    def compress(self, image: np.ndarray, effort: int = 0) -> bytes:
+        """A whole `.hyp` file of an [H, W, 3] uint8 image, sides 1 to 65,535. Raises DataError.
 
-    def compress_batch(self, images: Sequence[np.ndarray]) -> list[bytes]:
+        `effort`: rounds of `search` for cheaper latents. Raises ConfigError as `check_effort` does.
+        """
+        return self.compress_batch([image], effort)[0]
+
+    def compress_batch(self, images: Sequence[np.ndarray], effort: int = 0) -> list[bytes]:
         """The files of several images: small ones of one size are faster together."""
+        self.check_effort(effort)
         images = [np.asarray(image) for image in images]
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -125,8 +139,11 @@ class Codec:
         files: list[bytes] = [b""] * len(images)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         for group in batches(sizes):
-            latents = self._latents([images[i] for i in group])
-            for i, coded in zip(group, self._encode(*latents, [sizes[i] for i in group])):
+            y, z = self._latents([images[i] for i in group])
+            if effort:
+                for place, i in enumerate(group):
+                    self._improve(y[place : place + 1], z[place : place + 1], images[i], effort)
+            for i, coded in zip(group, self._encode(y, z, [sizes[i] for i in group])):
                 height, width = sizes[i]
                 files[i] = container.write(container.Stream(bytes.fromhex(self.fingerprint), height, width, *coded))
         return files
@@ -141,10 +158,20 @@ class Codec:
         images: list[Optional[np.ndarray]] = [None] * len(files)
         sizes = [(s.height, s.width) for s in streams]
         for group in batches(sizes):
-            y = self._decode([streams[i] for i in group])
+            y, _ = self._decode([streams[i] for i in group])
             for i, image in zip(group, self._pixels(y, [sizes[i] for i in group])):
                 images[i] = image
         return images  # type: ignore[return-value]
+
+    def check_effort(self, effort: int) -> None:
+        """Raises ConfigError for an effort below 0, or above it with a model that was trained for MS-SSIM."""
+        if effort < 0:
+            raise ConfigError(f"effort is {effort}; it is a number of rounds, 0 or more")
+        if effort and self.config.loss.metric != "mse":
+            raise ConfigError(
+                f"effort {effort} searches for smaller squared errors; {self.origin} was trained for "
+                f"{self.config.loss.metric}: leave effort at 0"
+            )
 
     def read(self, data: bytes, max_pixels: int = container.MAX_PIXELS) -> container.Stream:
         """The checked contents of a file. Raises BitstreamError, also for a file of another model."""
@@ -158,11 +185,12 @@ class Codec:
 
     def latents(self, data: bytes) -> np.ndarray:
         """ŷ of a file: [H/16, W/16, M] int16 (H, W rounded up to multiples of 64). Raises BitstreamError."""
-        return self._decode([self.read(data)])[0]
+        return self._decode([self.read(data)])[0][0]
 
-    def estimated_bits(self, image: np.ndarray) -> float:
-        """−log2 p of the rounded latents of an image under the model's own densities: y and z together."""
-        y, z = self._latents([image])
+    def estimated_bits(self, data: bytes) -> float:
+        """−log2 p of a file's latents under the model's own densities: y and z together. Raises BitstreamError."""
+        y, z = self._decode([self.read(data)])
+        y = y.astype(np.float32)
         z_hat = z.astype(np.float32) + exact.offset_values(self.z_offsets)
         total = float(model.bits(self._model.prior, z_hat)[0])
         for rows in self._strips(z):
@@ -188,6 +216,22 @@ class Codec:
             z[:, rows.start : rows.stop] = strip[:, rows.inside()]
         limits = np.iinfo(np.int16)
         return np.clip(np.rint(y, out=y), limits.min, limits.max, out=y), z
+
+    def _improve(self, y: np.ndarray, z: np.ndarray, image: np.ndarray, effort: int) -> None:
+        """Puts cheaper latents into `y` [1, h, w, M], tile by tile, each beside the others as they then are."""
+        for rows in spans(z.shape[1], TILE // Z_ELEMENTS, SEARCH_MARGIN):
+            for columns in spans(z.shape[2], TILE // Z_ELEMENTS, SEARCH_MARGIN):
+                sums = self.index_sums(z[:, rows.begin : rows.end, columns.begin : columns.end])
+                place = (slice(None), *(slice(s.begin * Z_ELEMENTS, s.end * Z_ELEMENTS) for s in (rows, columns)))
+                tile = y[place]
+                x = cut(image, *(Span(*(Z_ELEMENTS * edge for edge in span)) for span in (rows, columns)))
+                real = np.zeros((1, *x.shape[:2], 1), np.float32)
+                height, width = (side - s.begin * DOWNSAMPLING for side, s in zip(image.shape, (rows, columns)))
+                real[:, :height, :width] = 1.0
+                inside = np.zeros((1, *tile.shape[1:3], 1), np.float32)
+                inside[:, rows.inside(Z_ELEMENTS), columns.inside(Z_ELEMENTS)] = 1.0
+                scales = exact.scales(sums, self.config.model)
+                y[place] = self.search(tile, scales, x[None] / np.float32(255.0), real, inside, effort)
 
     def _strips(self, z: np.ndarray) -> Iterator[Span]:
         return spans(z.shape[1], strip_rows(z.shape[2]), H_S_MARGIN)
@@ -218,8 +262,8 @@ class Codec:
         coded = tfc.entropy_encode_finalize(handle).numpy()
         return [(coded[i], np.concatenate(escapes[i]), checksums[i]) for i in range(count)]
 
-    def _decode(self, streams: Sequence[container.Stream]) -> np.ndarray:
-        """ŷ [B, h, w, M] int16 of streams with one padded size. Raises BitstreamError."""
+    def _decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
+        """ŷ [B, h, w, M] int16 and the integers of ẑ of streams with one padded size. Raises BitstreamError."""
         count = len(streams)
         height, width = container.blocks(streams[0].height), container.blocks(streams[0].width)
         handle = tfc.create_range_decoder([stream.coded for stream in streams], self.tables.lookup)
@@ -248,7 +292,7 @@ class Codec:
         for i, stream in enumerate(streams):
             if checksums[i] != stream.checksum or used[i] != len(stream.escapes):
                 raise wrong_symbols()
-        return y
+        return y, z
 
     def _pixels(self, y: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The images of ŷ [B, h, w, M], cropped to (height, width) each."""

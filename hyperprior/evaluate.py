@@ -58,8 +58,10 @@ NOTES = """\
 
 @dataclass(frozen=True)
 class Options:
-    """`baselines` and `published` as on the command line; `margin` in percent of the loss."""
+    """`baselines` and `published` as on the command line; `effort` of `Codec.compress`; `margin` in percent of the
+    loss."""
 
+    effort: int = 0
     baselines: str = "all"
     published: Optional[str] = None
     cache: Optional[Path] = None
@@ -88,10 +90,14 @@ class Model:
     name: str
     codec: Any  # of codec.load
     curve: str
+    effort: int = 0
 
     def facts(self) -> dict[str, Any]:
-        loss = self.codec.config.loss
-        return {"lambda": loss.lmbda, "metric": loss.metric, "fingerprint": self.codec.fingerprint}
+        loss, fingerprint = self.codec.config.loss, self.codec.fingerprint
+        return {"lambda": loss.lmbda, "metric": loss.metric, "fingerprint": fingerprint, "effort": self.effort}
+
+    def compress(self, pixels: np.ndarray) -> bytes:
+        return self.codec.compress(pixels, self.effort)
 
 
 def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, terminal: Terminal) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     photos = find_photos(folder, terminal.warn, out)
     chosen = baselines.choose(options.baselines, terminal.warn)
     published = read_published(options.published, photos)
-    models = load_models(paths)
+    models = load_models(paths, options.effort)
     stored = {}
     if options.gate:
         seen = {photo.name: photo.sha256 for photo in photos}
@@ -128,7 +134,8 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     }
     write_text(out / "images.csv", to_csv(rows))
     write_text(out / "summary.json", json.dumps(summary, indent=1))
-    ours = [f"# {len(photos)} images, {photos[0].name} to {photos[-1].name}", ""]
+    effort = f"; effort {options.effort}" if options.effort else ""
+    ours = [f"# {len(photos)} images, {photos[0].name} to {photos[-1].name}{effort}", ""]
     ours += [*describe_points(points, "model"), *describe_bd(summary["bd"])]
     ours += [f"- Gate: {gate.say(verdict)}." for verdict in verdicts]
     write_text(
@@ -183,16 +190,20 @@ def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] =
     return photos
 
 
-def load_models(paths: Sequence[Path]) -> list[Model]:
-    """The models under short names that differ. Raises what codec.load does, and ConfigError for one given twice."""
+def load_models(paths: Sequence[Path], effort: int = 0) -> list[Model]:
+    """The models under short names that differ. Raises what codec.load does, and ConfigError for one given twice, or
+    that knows no such effort."""
     names = [path.resolve().parent.name if path.name == "model" else path.resolve().name for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a model is given twice; name each once")
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths)]
-    return name_curves({name: codec.load(path) for name, path in zip(names, paths)})
+    codecs = {name: codec.load(path) for name, path in zip(names, paths)}
+    for loaded in codecs.values():
+        loaded.check_effort(effort)
+    return name_curves(codecs, effort)
 
 
-def name_curves(codecs: dict[str, Any]) -> list[Model]:
+def name_curves(codecs: dict[str, Any], effort: int = 0) -> list[Model]:
     """Models of one metric are one curve; where a lambda comes again in their order, another begins."""
     models = []
     for metric, title in METRICS.items():
@@ -206,7 +217,7 @@ def name_curves(codecs: dict[str, Any]) -> list[Model]:
         for curve in curves:
             first, *_, last = [*curve.values()] * 2
             label = f"hyperprior, {title}" if len(curves) == 1 else f"{first} to {last}" if len(curve) > 1 else first
-            models += [Model(name, codecs[name], label) for name in curve.values()]
+            models += [Model(name, codecs[name], label, effort) for name in curve.values()]
     order = list(codecs)
     return sorted(models, key=lambda model: order.index(model.name))
 
@@ -261,7 +272,7 @@ def measure(
     rows = []
     first = photos[0].pixels()
     for model in models:  # the first call traces graphs
-        model.codec.decompress(model.codec.compress(first))
+        model.codec.decompress(model.compress(first))
     with terminal.track("images", len(photos)) as track:
         for done, photo in enumerate(photos, 1):
             pixels = photo.pixels()
@@ -275,13 +286,13 @@ def measure(
                 rows.append({"kind": kind, "curve": curve, "point": str(point), "image": photo.name, **size, **row})
 
             for model in models:
-                row = round_trip(pixels, model.codec.compress, model.codec.decompress)
-                add("model", model.curve, model.name, {**row, "estimated_bits": model.codec.estimated_bits(pixels)})
+                file, row = round_trip(pixels, model.compress, model.codec.decompress)
+                add("model", model.curve, model.name, {**row, "estimated_bits": model.codec.estimated_bits(file)})
             for baseline in chosen:
                 for value in baseline.sweep:
                     row = cache.measured(
                         cache.key(baseline, value, photo.sha256),
-                        lambda: round_trip(pixels, lambda x: baseline.encode(x, value), baselines.decode),  # noqa: B023
+                        lambda: round_trip(pixels, lambda x: baseline.encode(x, value), baselines.decode)[1],  # noqa: B023
                     )
                     add("baseline", baseline.label, value, row)
             ours = [f"{row['bpp']:.3f} bpp {row['psnr_db']:.2f} dB" for row in rows if row["kind"] == "model"]
@@ -291,14 +302,14 @@ def measure(
 
 def round_trip(
     pixels: np.ndarray, encode: Callable[[np.ndarray], bytes], decode: Callable[[bytes], np.ndarray]
-) -> dict[str, Any]:
-    """Size, seconds and distortion of [H, W, 3] uint8 through a file. MS-SSIM is None for images too small for it."""
+) -> tuple[bytes, dict[str, Any]]:
+    """(file, size, seconds and distortion) of [H, W, 3] uint8 pixels. MS-SSIM is None for images too small for it."""
     started = time.perf_counter()
     data = encode(pixels)
     encoded = time.perf_counter()
     decoded = decode(data)
     seconds = {"encode_seconds": encoded - started, "decode_seconds": time.perf_counter() - encoded}
-    return {"bytes": len(data), **seconds, **rd.distortions(pixels, decoded)}
+    return data, {"bytes": len(data), **seconds, **rd.distortions(pixels, decoded)}
 
 
 # Curves -----------------------------------------------------------------------------------------------------
@@ -447,7 +458,7 @@ def compared(
     for photo in (photo for photo in photos if photo in in_sheet | in_report):
         pixels = photo.pixels()
         row = [plots.Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
-        files = [model.codec.compress(pixels) for model in models]
+        files = [model.compress(pixels) for model in models]
         titles = [model.name for model in models] if len(models) > 1 else ["hyperprior"]
         coded = [(t, f, model.codec.decompress(f), "") for t, f, model in zip(titles, files, models)]
         for baseline in (b for b in chosen if b.name in SHEET_BASELINES):

@@ -161,8 +161,9 @@ def cost(trained: ScaleHyperprior, made: Codec) -> dict[str, Any]:
                     count += 1
                     pixels += place.image.shape[0] * place.image.shape[1]
                     estimate += float(out.bits_y[0] + out.bits_z[0])
-                    exact_estimate += made.estimated_bits(place.image)
-                    real += 8 * len(made.compress(place.image))
+                    file = made.compress(place.image)
+                    exact_estimate += made.estimated_bits(file)
+                    real += 8 * len(file)
     except DataError as error:
         return {"images": 0, "reason": str(error)}
     values = {"bpp_float": estimate, "bpp_exact": exact_estimate, "bpp_file": real}

@@ -133,6 +133,8 @@ def run(
             rows.append({"source": job.source, "target": job.target, **found})
             terminal.say(f"{job.source} → {job.target}  {describe(found)}")
             track.update(done)
+    if len(jobs) > 1:
+        terminal.say(describe_all([row for row in rows if "target" in row]))
     if failed:
         raise failed[0] if len(jobs) == 1 else DataError(f"{len(failed)} of {len(jobs)} files failed")
 
@@ -148,18 +150,19 @@ def to_stdout(data: bytes) -> None:
 
 
 def compress(
-    sources: Sequence[str], model: str, out: Optional[str], force: bool, verify: bool, terminal: Terminal
+    sources: Sequence[str], model: str, out: Optional[str], effort: int, force: bool, verify: bool, terminal: Terminal
 ) -> None:
     jobs = plan(sources, out, IMAGE_SUFFIXES, SUFFIX, force)
     for folder in (path for path in map(Path, sources) if path.is_dir()):
         if others := shards.other_files(folder, lambda name: name.lower().endswith((*IMAGE_SUFFIXES, SUFFIX))):
             terminal.warn(f"{folder} also holds what has no ending of an image: {shards.describe_others(others)}")
     codec = load(model)
+    codec.check_effort(effort)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:
         image, notes = images.photograph(data)
         began = time.perf_counter()
-        file = codec.compress(image)
+        file = codec.compress(image, effort)
         found = {**size(image), "bytes": len(file), "seconds": time.perf_counter() - began, "notes": list(notes)}
         if verify:
             from hyperprior import rd
@@ -243,6 +246,15 @@ def describe(found: dict[str, Any]) -> str:
     if found.get("ms_ssim") is not None:
         parts.append(f"MS-SSIM {found['ms_ssim']:.4f}")
     return "  ".join(parts) + "".join(f"\n  note: {note}" for note in found.get("notes", ()))
+
+
+def describe_all(rows: Sequence[dict[str, Any]]) -> str:
+    """The line that ends a job of several files."""
+    parts = [f"{len(rows)} files"]
+    if num_bytes := sum(row.get("bytes", 0) for row in rows):
+        pixels = sum(row["width"] * row["height"] for row in rows)
+        parts.append(f"{num_bytes:,} bytes  {8 * num_bytes / pixels:.3f} bpp")
+    return "  ".join([*parts, f"{sum(row['seconds'] for row in rows):.1f} s"])
 
 
 # info -----------------------------------------------------------------------------------------------------

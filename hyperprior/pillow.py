@@ -48,7 +48,8 @@ def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
         pixels = images.to_rgb(image)
     except images.Unusable as error:
         raise DataError(str(error)) from error
-    file.write(codec.compress(images.upright(pixels, images.orientation_of(image))))
+    pixels = images.upright(pixels, images.orientation_of(image))
+    file.write(codec.compress(pixels, int(image.encoderinfo.get("effort", 0))))
 
 
 def accept(prefix: bytes) -> bool:

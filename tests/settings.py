@@ -45,7 +45,7 @@ def main(folder: str, threads: str, what: str, *paths: str) -> None:
         group = small[start : start + 8]
         for i, pixels in zip(group, codec.decompress_batch([data[i] for i in group])):
             found[f"{sources[i].name} pixels in a batch"] = pixels
-        for i, y in zip(group, codec._decode([codec.read(data[i]) for i in group])):
+        for i, y in zip(group, codec._decode([codec.read(data[i]) for i in group])[0]):
             found[f"{sources[i].name} latents in a batch"] = y
     np.savez(target, **found)
 

@@ -162,6 +162,8 @@ def test_a_folder_goes_there_and_back_from_the_command_line(hyperprior: Command,
     line = next(line for line in done.stdout.splitlines() if line.startswith("in/a.png → out/a.hyp"))
     size = (tmp_path / "out" / "a.hyp").stat().st_size
     assert f"200x170  {size:,} bytes  {8 * size / 34000:.3f} bpp" in line and "MS-SSIM 0." in line and "dB" in line
+    total = size + (tmp_path / "out" / "deep" / "b.c.hyp").stat().st_size
+    assert f"\n2 files  {total:,} bytes  {8 * total / (34000 + 96 * 80):.3f} bpp" in done.stdout
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.hyp", "b.c.hyp"]
     hyperprior("decompress", "out", "-o", "back", "--format", "webp")
     with Image.open(tmp_path / "back" / "deep" / "b.c.webp") as image:
@@ -256,7 +258,7 @@ def test_a_model_in_one_file_is_small_and_codes_nearly_alike(box: Path, run: Pat
 def test_models_in_the_box_go_by_quality_and_know_their_own_files(box: Path, run: Path, tmp_path: Path) -> None:
     small = package.load("q2")
     (tmp_path / "x.png").write_bytes(encoded(photo(4), "PNG"))
-    files.compress([str(tmp_path / "x.png")], models.chosen(None, 2), None, False, False, Terminal())
+    files.compress([str(tmp_path / "x.png")], models.chosen(None, 2), None, 0, False, False, Terminal())
     files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "y.png"), ".png", False, None, Terminal())
     data = (tmp_path / "x.hyp").read_bytes()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), small.decompress(data))
