@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_compression as tfc
 
-from hyperprior import checkpoint, config, container, entropy, exact, model, models, search
+from hyperprior import checkpoint, config, container, entropy, exact, model, models, rd, search
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.errors import BitstreamError, ConfigError, DataError
 
@@ -116,7 +116,7 @@ class Codec:
     def _search(
         self, y: tf.Tensor, scales: tf.Tensor, x: tf.Tensor, real: tf.Tensor, inside: tf.Tensor, rounds: tf.Tensor
     ) -> tf.Tensor:
-        weight = self.config.loss.lmbda * 255.0**2 / 3.0
+        weight = rd.lagrangian(0.0, 1.0 / 3.0, self.config.loss.lmbda, "mse")  # an MSE is over three channels
         return search.search(self._model.g_s, y, scales, x, real, inside, weight, rounds)
 
     # Images -----------------------------------------------------------------------------------------------
