@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the models in the box (hyperprior/models): lambda 0.013 first, then its neighbours, each from the one before
+# Trains the models in the box (hyperprior/models): the highest lambda first, then each from the one above
 # it; exports them with float16 weights and measures them on IMAGES.
 #
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
@@ -23,11 +23,11 @@ train() {  # lambda, steps, what to start from
     "$hyperprior" train configs/box.yaml "${data[@]}" "loss.lambda=$1" "train.steps=$2" ${3:+"train.start_from=$3"} \
         "${@:4}" --run "runs/box/lambda-$1"
 }
-train 0.013 "$steps" "" "$@"
+train 0.0483 "$steps" "" "$@"
+train 0.025 $((steps / 2)) runs/box/lambda-0.0483 "$@"
+train 0.013 $((steps / 2)) runs/box/lambda-0.025 "$@"
 train 0.0067 $((steps / 2)) runs/box/lambda-0.013 "$@"
 train 0.0035 $((steps / 2)) runs/box/lambda-0.0067 "$@"
-train 0.025 $((steps / 2)) runs/box/lambda-0.013 "$@"
-train 0.0483 $((steps / 2)) runs/box/lambda-0.025 "$@"
 
 quality=0
 for lmbda in 0.0035 0.0067 0.013 0.025 0.0483; do
