@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from hyperprior import __version__, baselines, codec, gate, images, plots, rd, report, shards
+from hyperprior import __version__, baselines, codec, gate, images, plots, rd, report, shards, tables
 from hyperprior.checkpoint import write_text, write_whole
 from hyperprior.errors import ConfigError, DataError, GateError
 from hyperprior.files import IMAGE_SUFFIXES
@@ -33,27 +33,6 @@ SHEET_MODELS = 3  # of different curves, at most, beside each other in pictures
 SHEET_PICTURES, SHEET_BPP = 4, 0.3  # the sheet shows the model nearest to a rate at which the differences show
 REPORT_PICTURES = 24
 SHEET_BASELINES = ("jpeg-opt", "avif")
-COLUMNS = ["kind", "curve", "point", "image", "width", "height", "bytes", "bpp", "estimated_bits"]
-COLUMNS += ["mse", "psnr_db", "ms_ssim", "ms_ssim_db", "encode_seconds", "decode_seconds"]
-SHOWN = [  # title, column, digits
-    ("bpp", "bpp", 4),
-    ("PSNR, dB", "psnr_db", 3),
-    ("PSNR of mean MSE", "psnr_db_of_mean_mse", 3),
-    ("MS-SSIM", "ms_ssim", 5),
-    ("MS-SSIM, dB", "ms_ssim_db", 3),
-    ("encode, s", "encode_seconds", 3),
-    ("decode, s", "decode_seconds", 3),
-]
-NOTES = """\
-- bpp, PSNR and MS-SSIM are means over the images of each image's value; bpp is of whole files, headers included.
-- PSNR is that of 8-bit RGB. "PSNR of mean MSE" averages the error before the logarithm, and so weighs bad images more.
-- MS-SSIM in dB is -10 log10(1 - mean MS-SSIM). It needs images of at least {side} pixels a side.
-- Seconds are medians over the images on this machine, after a warm-up; a kept baseline's are of when it was measured.
-- Loss is bpp + lambda 255² MSE, or bpp + lambda (1 - MS-SSIM), of the means over the images.
-- BD-rate: the average difference in rate at equal quality (PSNR, or MS-SSIM in dB); negative is better. BD-PSNR and
-  BD-MS-SSIM: in quality at equal rate, in dB; positive is better. Piecewise cubic (PCHIP) curves over log rate,
-  of at least {points} points each, that share at least {overlap:.0%} of the shorter one's range.
-"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +99,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
 
-    rows = measure(photos, models, chosen, cache, terminal)
+    rows, files = measure(photos, models, chosen, cache, terminal)
     points = average(rows, models, chosen) + published
     judged = [point for point in points if point["kind"] == "model" and stored]
     verdicts = [gate.judge(point, stored[point["point"]], options.margin) for point in judged]
@@ -132,14 +111,14 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
         "bd": compare(points),
         "gate": verdicts,
     }
-    write_text(out / "images.csv", to_csv(rows))
+    write_text(out / "images.csv", tables.to_csv(rows))
     write_text(out / "summary.json", json.dumps(summary, indent=1))
     effort = f"; effort {options.effort}" if options.effort else ""
     ours = [f"# {len(photos)} images, {photos[0].name} to {photos[-1].name}{effort}", ""]
-    ours += [*describe_points(points, "model"), *describe_bd(summary["bd"])]
+    ours += [*tables.points_table(points, "model"), *tables.bd_table(summary["bd"])]
     ours += [f"- Gate: {gate.say(verdict)}." for verdict in verdicts]
     write_text(
-        out / "summary.md", "\n".join([*ours, *describe_points(points, "baseline"), *describe_how(points)]) + "\n"
+        out / "summary.md", "\n".join([*ours, *tables.points_table(points, "baseline"), *tables.how(points)]) + "\n"
     )
     draw(points, out)
     nearest = sorted(models, key=lambda model: abs(rate_of(model, points) - SHEET_BPP))
@@ -147,7 +126,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     shown = [next(model for model in nearest if model.curve == c) for c in dict.fromkeys(m.curve for m in models)]
     shown = shown[:SHEET_MODELS]
     title = "; ".join(f"{model.name}: {model.curve}, lambda {model.facts()['lambda']:g}" for model in shown)
-    sheet_rows, pictures = compared(shown, photos, chosen)
+    sheet_rows, pictures = compared(shown, photos, chosen, files)
     sheet = plots.picture_sheet(title, sheet_rows)
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
     write_text(out / "report.html", report.render(summary, rows, pictures))
@@ -267,9 +246,11 @@ def measure(
     chosen: Sequence[baselines.Baseline],
     cache: baselines.Cache,
     terminal: Terminal,
-) -> list[dict[str, Any]]:
-    """One row of `COLUMNS` for every image and model, and every image, baseline and quality."""
-    rows = []
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bytes]]:
+    """(a row of `tables.COLUMNS` for every image and model, and every image, baseline and quality; the models' files
+    of the photos that are shown, by model and photo)."""
+    rows, files = [], {}
+    shown = spaced(photos, REPORT_PICTURES) + spaced(photos, SHEET_PICTURES)
     first = photos[0].pixels()
     for model in models:  # the first call traces graphs
         model.codec.decompress(model.compress(first))
@@ -288,6 +269,8 @@ def measure(
             for model in models:
                 file, row = round_trip(pixels, model.compress, model.codec.decompress)
                 add("model", model.curve, model.name, {**row, "estimated_bits": model.codec.estimated_bits(file)})
+                if photo in shown:
+                    files[model.name, photo.name] = file
             for baseline in chosen:
                 for value in baseline.sweep:
                     row = cache.measured(
@@ -297,7 +280,7 @@ def measure(
                     add("baseline", baseline.label, value, row)
             ours = [f"{row['bpp']:.3f} bpp {row['psnr_db']:.2f} dB" for row in rows if row["kind"] == "model"]
             track.line(done, f"{photo.name}  {', '.join(ours[-len(models) :])}")
-    return rows
+    return rows, files
 
 
 def round_trip(
@@ -380,59 +363,6 @@ def compare(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 # Results ----------------------------------------------------------------------------------------------------
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
-def describe_points(points: Sequence[dict[str, Any]], kind: str) -> list[str]:
-    """A Markdown table of the points of models, or of baselines."""
-    head = ["model", "lambda", "metric"] if kind == "model" else ["codec", "setting"]
-    table = [head + [title for title, _, _ in SHOWN] + (["estimated bpp", "loss"] if kind == "model" else [])]
-    for p in points:
-        if p["kind"] == kind:
-            name = [p["point"], f"{p['lambda']:g}", p["metric"]] if kind == "model" else [p["curve"], p["point"]]
-            ending = [number(p["estimated_bpp"], 4), number(p.get("loss"), 4)] if kind == "model" else []
-            table.append(name + [number(p[column], digits) for _, column, digits in SHOWN] + ending)
-    return markdown(table)
-
-
-def describe_bd(results: Sequence[dict[str, Any]]) -> list[str]:
-    table = [["curve", "against", "BD-rate (PSNR)", "BD-PSNR", "BD-rate (MS-SSIM)", "BD-MS-SSIM"]]
-    for row in results:
-        cells = []
-        for value in (row["psnr_db"], row["ms_ssim_db"]):
-            reason = value.get("refused")
-            cells += [reason, ""] if reason else [f"{value['rate_percent']:+.1f}%", f"{value['quality_db']:+.2f} dB"]
-        against = row["against"] + (" (published)" if row["kind"] == "published" else "")
-        if cells[0].startswith("the curve "):  # a curve that compares with none says so once
-            against = "every other"
-        if [row["curve"], against, *cells] not in table:
-            table.append([row["curve"], against, *cells])
-    return markdown(table)
-
-
-def describe_how(points: Sequence[dict[str, Any]]) -> list[str]:
-    """How everything was measured."""
-    lines = [NOTES.format(side=rd.MS_SSIM_MIN_SIDE, points=rd.BD_MIN_POINTS, overlap=rd.BD_MIN_OVERLAP)]
-    for curve, p in {p["curve"]: p for p in points if p["kind"] == "baseline"}.items():
-        options = ", ".join(f"{key} {value}" for key, value in p["options"].items())
-        lines.append(f"- {curve}: Pillow {p['pillow']}, codec {p['codec']}; {options}.")
-    return lines
-
-
-def number(value: Optional[float], digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def markdown(table: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
-    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:], ""] if len(table) > 1 else []
-
-
 def draw(points: Sequence[dict[str, Any]], out: Path) -> None:
     """rd_psnr and rd_ms_ssim, as PNG and SVG."""
     for name, quality, label in (("psnr", "psnr_db", "PSNR (RGB), dB"), ("ms_ssim", "ms_ssim_db", "MS-SSIM, dB")):
@@ -447,10 +377,14 @@ def rate_of(model: Model, points: Sequence[dict[str, Any]]) -> float:
 
 
 def compared(
-    models: Sequence[Model], photos: Sequence[Photo], chosen: Sequence[baselines.Baseline]
+    models: Sequence[Model],
+    photos: Sequence[Photo],
+    chosen: Sequence[baselines.Baseline],
+    files: dict[tuple[str, str], bytes],
 ) -> tuple[list[list[plots.Picture]], list[dict[str, Any]]]:
     """(rows of the sheet, pictures of the report): the original, ours, and baselines of at most the first's bytes.
 
+    `files`: of `measure`.
     Both show photos that are evenly spaced by name, the report more of them.
     """
     rows, pictures = [], []
@@ -458,11 +392,11 @@ def compared(
     for photo in (photo for photo in photos if photo in in_sheet | in_report):
         pixels = photo.pixels()
         row = [plots.Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
-        files = [model.compress(pixels) for model in models]
+        ours = [files[model.name, photo.name] for model in models]
         titles = [model.name for model in models] if len(models) > 1 else ["hyperprior"]
-        coded = [(t, f, model.codec.decompress(f), "") for t, f, model in zip(titles, files, models)]
+        coded = [(t, f, model.codec.decompress(f), "") for t, f, model in zip(titles, ours, models)]
         for baseline in (b for b in chosen if b.name in SHEET_BASELINES):
-            file, quality = baselines.fit(baseline, pixels, len(files[0]))
+            file, quality = baselines.fit(baseline, pixels, len(ours[0]))
             kind = f"image/{baseline.format.lower()}"
             coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file), kind))
         versions = []
