@@ -202,17 +202,28 @@ def assign(variables: dict[str, Any], arrays: dict[str, np.ndarray], origin: str
 
 @contextlib.contextmanager
 def only_one(run: Path) -> Iterator[None]:
-    """Holds the run directory against a second process; raises ConfigError if one holds it already."""
+    """Holds the run directory against a second process; raises ConfigError if one holds it already.
+
+    A directory that it made goes again if nothing else came to be in it.
+    """
+    lock, made = run / "lock", not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / "lock").open("a")
+        file = lock.open("a")
     except OSError as error:
         raise ConfigError(f"run directory {run} cannot be used: {error.strerror}; choose another --run") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError("its holder removed it")
         except OSError as error:
             raise ConfigError(
                 f"another process is working in {run}; wait for it or choose another directory"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            if made and list(run.iterdir()) == [lock]:
+                lock.unlink()
+                run.rmdir()

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,31 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     with held, pytest.raises(ConfigError, match="another process"), checkpoint.only_one(tmp_path):
         pass
     with checkpoint.only_one(tmp_path):
+        pass
+
+
+def test_a_directory_goes_again_if_nothing_came_to_be_in_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError), checkpoint.only_one(run):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), checkpoint.only_one(tmp_path):
+        raise ZeroDivisionError
+    assert tmp_path.is_dir()  # it was there before
+    with checkpoint.only_one(run):
+        (run / "config.yaml").touch()
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "lock"]
+
+
+def test_a_lock_that_its_holder_removed_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
+    def after_the_holder(file: Any, how: int) -> None:
+        (run / "lock").unlink()  # between opening the file and holding it
+        (run / "lock").touch()
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", after_the_holder)
+    with pytest.raises(ConfigError, match="another process"), checkpoint.only_one(run):
         pass
 
 

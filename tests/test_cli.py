@@ -137,6 +137,7 @@ def test_an_error_is_one_line_with_its_exit_code(
     result = hyperprior("train", empty_config, *TINY, f"data.train=[{flat_tar}]", *arguments, *run, check=code)
     assert message in result.stderr, result.stderr
     assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+    assert not (tmp_path / "r").exists()
 
 
 def test_debug_shows_the_traceback(hyperprior: Command, empty_config: Path) -> None:

@@ -220,7 +220,9 @@ def test_models_of_one_lambda_are_curves_of_their_own_and_stand_side_by_side(
     assert curves == {"a": "a to mine", "b": "a to mine", "mine": "a to mine", "c": "c"}
 
 
-def test_every_image_is_encoded_once_and_a_warm_up_is_not_counted(tmp_path: Path, folder: Path, models: dict[str, JpegModel]) -> None:
+def test_every_image_is_encoded_once_and_a_warm_up_is_not_counted(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel]
+) -> None:
     before = models["a"].calls
     run(tmp_path, "a", folder)
     assert models["a"].calls - before == 1 + 3  # warm-up, images; the sheet shows the same files
