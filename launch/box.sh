@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Trains the models in the box (hyperprior/models): the highest lambda first, then each from the one above
-# it; exports them with float16 weights and measures them on IMAGES.
+# Trains the models in the box (hyperprior/models), exports them with float16 weights and measures them on IMAGES.
+# First at the highest lambda on small patches, many images a step; then, on patches large enough to have an inside,
+# each lambda from the one above it.
 #
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
 #
-# Started again it goes on. STEPS=13000 of the first run, half as many of the others.
+# Started again it goes on. STEPS=13000 of the first run, TUNE=4000 of each of the others.
 # HYPERPRIOR names an installed command to use; without it .venv is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,18 +17,18 @@ fi
 data=("data.train=[$1]" "data.val=[$2]")
 images="$3"
 shift 3
-steps="${STEPS:-13000}"
+steps="${STEPS:-13000}" tune="${TUNE:-4000}"
 find_hyperprior || exit
 
-train() {  # lambda, steps, what to start from
-    "$hyperprior" train configs/box.yaml "${data[@]}" "loss.lambda=$1" "train.steps=$2" ${3:+"train.start_from=$3"} \
-        "${@:4}" --run "runs/box/lambda-$1"
+train() {  # run, lambda, steps, further settings
+    "$hyperprior" train configs/box.yaml "${data[@]}" "loss.lambda=$2" "train.steps=$3" "${@:4}" --run "runs/box/$1"
 }
-train 0.0483 "$steps" "" "$@"
-train 0.025 $((steps / 2)) runs/box/lambda-0.0483 "$@"
-train 0.013 $((steps / 2)) runs/box/lambda-0.025 "$@"
-train 0.0067 $((steps / 2)) runs/box/lambda-0.013 "$@"
-train 0.0035 $((steps / 2)) runs/box/lambda-0.0067 "$@"
+train start 0.0483 "$steps" train.start_from=null data.patch_size=128 train.batch_size=8 train.learning_rate=1e-3 "$@"
+before=start
+for lmbda in 0.0483 0.025 0.013 0.0067 0.0035; do
+    train "lambda-$lmbda" "$lmbda" "$tune" "train.start_from=runs/box/$before" "$@"
+    before="lambda-$lmbda"
+done
 
 quality=0
 for lmbda in 0.0035 0.0067 0.013 0.025 0.0483; do
