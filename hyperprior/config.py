@@ -82,7 +82,12 @@ class Data(Section):
     max_images: Optional[int] = field(
         None, "use at most this many images of train, chosen by hash of the key before it is split", ge=1
     )
-    patch_size: int = field(256, "side of the square training patches in pixels, a multiple of 64", ge=64)
+    patch_size: int = field(
+        256,
+        "side of the square training patches in pixels, a multiple of 64; on small ones h_a and h_s see little but "
+        "borders, and then spend more bits on whole images",
+        ge=64,
+    )
     patches_per_image: int = field(
         1, "random patches cut from an image each time it is decoded; they go to successive batches", ge=1
     )
