@@ -24,16 +24,11 @@ train() {  # run, lambda, steps, further settings
     "$hyperprior" train configs/box.yaml "${data[@]}" "loss.lambda=$2" "train.steps=$3" "${@:4}" --run "runs/box/$1"
 }
 train start 0.0483 "$steps" train.start_from=null data.patch_size=128 train.batch_size=8 train.learning_rate=1e-3 "$@"
-before=start
+before=start quality=5
 for lmbda in 0.0483 0.025 0.013 0.0067 0.0035; do
     train "lambda-$lmbda" "$lmbda" "$tune" "train.start_from=runs/box/$before" "$@"
-    before="lambda-$lmbda"
-done
-
-quality=0
-for lmbda in 0.0035 0.0067 0.013 0.025 0.0483; do
-    quality=$((quality + 1))
     "$hyperprior" export "runs/box/lambda-$lmbda" --out "hyperprior/models/q$quality.npz"
+    before="lambda-$lmbda" quality=$((quality - 1))
 done
 "$hyperprior" evaluate q1 q2 q3 q4 q5 --images "$images" --out runs/box/results
 "$hyperprior" evaluate q1 q2 q3 q4 q5 --images "$images" --out runs/box/gate --baselines none --published none
