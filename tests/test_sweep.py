@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Command, photo
 
-from hyperprior import sweep
+from hyperprior import cli, sweep
 from hyperprior.errors import ConfigError
 
 SHORT = [*TINY, "train.steps=20", "train.validate_every=10", "train.checkpoint_every=5"]
@@ -65,6 +65,7 @@ def test_a_sweep_stopped_and_killed_ends_with_the_table_of_one_left_alone(
         )
 
 
+@pytest.mark.slow
 def test_runs_at_a_time_give_the_same_table_and_are_evaluated_together(
     hyperprior: Command, tmp_path: Path, arguments: list[str]
 ) -> None:
@@ -83,8 +84,10 @@ def test_runs_at_a_time_give_the_same_table_and_are_evaluated_together(
 
 
 def test_what_cannot_be_swept_is_refused_before_anything_is_trained(
-    hyperprior: Command, tmp_path: Path, arguments: list[str]
+    hyperprior: Command, tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "use_the_cpu_well", lambda: None)  # it would start the tests anew
     for wrong, message in [
         (["--lambdas", "0.01,zero"], "write numbers with commas"),
         (["--lambdas", "0.01,0.010"], "a lambda is given twice"),
@@ -94,7 +97,8 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_trained(
         (["--lambdas", "0.01", "loss.lambda=3"], "leave them out"),
         (["--lambdas", "0.01,0.02", "--jobs", "2", "--warm-start"], "needs the runs one after another"),
     ]:
-        assert message in hyperprior(*arguments, *wrong, "--out", "out", check=2).stderr, wrong
+        with pytest.raises(ConfigError, match=message):
+            cli.app([*arguments, *wrong, "--out", "out"], standalone_mode=False)
     failed = hyperprior(
         *arguments, "data.train=[nothing.tar]", "--lambdas", "0.01,0.02", "--out", "out", check=3
     ).stderr
