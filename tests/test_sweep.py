@@ -84,7 +84,11 @@ def test_runs_at_a_time_give_the_same_table_and_are_evaluated_together(
 
 
 def test_what_cannot_be_swept_is_refused_before_anything_is_trained(
-    hyperprior: Command, tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    hyperprior: Command,
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "use_the_cpu_well", lambda: None)  # it would start the tests anew
@@ -97,8 +101,10 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_trained(
         (["--lambdas", "0.01", "loss.lambda=3"], "leave them out"),
         (["--lambdas", "0.01,0.02", "--jobs", "2", "--warm-start"], "needs the runs one after another"),
     ]:
-        with pytest.raises(ConfigError, match=message):
-            cli.app([*arguments, *wrong, "--out", "out"], standalone_mode=False)
+        monkeypatch.setattr(sys, "argv", ["hyperprior", *arguments, *wrong, "--out", "out"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2 and message in capsys.readouterr().err, wrong
     failed = hyperprior(
         *arguments, "data.train=[nothing.tar]", "--lambdas", "0.01,0.02", "--out", "out", check=3
     ).stderr
