@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from rich.table import Table
 from hyperprior import checkpoint, codec, export, model, steps, stream, train, transforms
 from hyperprior.config import Config
 from hyperprior.distribute import World
+from hyperprior.errors import HyperpriorError
 from hyperprior.lanes import Cursor
 from hyperprior.optimizer import Optimizer
 from hyperprior.stop import StopRequest
@@ -61,6 +62,15 @@ def timed(call: Callable[[], Any], repeats: int, count: int = 1) -> Timing:
         call()
         taken.append((time.perf_counter() - began) / count)
     return spread(taken)
+
+
+def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+    """Seconds of each call, measured in turn, so that a machine that drifts drifts for all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            taken[name].append(timed(call, 1).median)
+    return {name: spread(values) for name, values in taken.items()}
 
 
 def bench(settings: Config, what: list[str], repeats: int, terminal: Terminal) -> dict[str, Any]:
@@ -261,10 +271,8 @@ def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal
                 rate, core_rate = patches_per_second(way())
                 rates[name].append(rate)
                 per_core[name].append(core_rate)
-        raw = {
-            "ours": timed(lambda: [sample.read() for sample in samples], repeats),
-            "tarfile": timed(lambda: read_with_tarfile(flat), repeats),
-        }
+        readers = {"ours": lambda: [sample.read() for sample in samples], "tarfile": lambda: read_with_tarfile(flat)}
+        raw = in_turn(readers, repeats)
     table = Table("", "patches/s", "per CPU-second", "ours / it", "per CPU-second")
     for name in ways:
         ratios = [statistics.median(a / b for a, b in zip(v["ours"], v[name])) for v in (rates, per_core)]
@@ -394,6 +402,8 @@ def bench_start(settings: Config, world: World, repeats: int, terminal: Terminal
                 time.sleep(0.01)
             taken = time.perf_counter() - began
             process.kill()
+        if process.returncode > 0:  # not what stopped it just now
+            raise HyperpriorError(f"`{' '.join(command)}` ended with exit code {process.returncode}")
         return taken
 
     imports, first = [], []
@@ -426,14 +436,15 @@ def bench_codec(settings: Config, world: World, repeats: int, terminal: Terminal
     data = made.compress(image)
     y, z = made._latents([image])
     decoded, _ = made._decode([made.read(data)])
-    found = {
-        "compress": timed(lambda: made.compress(image), 2 * repeats),
-        "  g_a and h_a": timed(lambda: made._latents([image]), 2 * repeats),
-        "  exact h_s and range coding": timed(lambda: made._encode(y, z, [PHOTO]), 2 * repeats),
-        "decompress": timed(lambda: made.decompress(data), 2 * repeats),
-        "  exact h_s and range decoding": timed(lambda: made._decode([made.read(data)]), 2 * repeats),
-        "  g_s": timed(lambda: made._pixels(decoded, [PHOTO]), 2 * repeats),
+    calls = {
+        "compress": lambda: made.compress(image),
+        "  g_a and h_a": lambda: made._latents([image]),
+        "  exact h_s and range coding": lambda: made._encode(y, z, [PHOTO]),
+        "decompress": lambda: made.decompress(data),
+        "  exact h_s and range decoding": lambda: made._decode([made.read(data)]),
+        "  g_s": lambda: made._pixels(decoded, [PHOTO]),
     }
+    found = in_turn(calls, 2 * repeats)
     pixels = PHOTO[0] * PHOTO[1] / 1e6
     for name, timing in found.items():
         terminal.say(f"{name:32} {describe(timing)}, {pixels / timing.median:.2f} megapixels/s")

@@ -9,6 +9,7 @@ from conftest import TINY, encoded, photo, tar_bytes
 
 from hyperprior import bench, model
 from hyperprior.config import load_config, validate
+from hyperprior.errors import HyperpriorError
 from hyperprior.terminal import Terminal
 
 
@@ -22,6 +23,12 @@ def test_the_work_of_a_step_is_counted_from_its_shapes() -> None:
     assert sum(layer.flop for layer in every) == 2 * (g_a + gdn + h_a)
     assert sum(8 * layer.flop * layer.passes for layer in every) / 1e9 == pytest.approx(271.4, abs=0.1)
     assert [layer.name for layer in every if layer.passes == 2] == ["g_a/0 Conv"]
+
+
+def test_a_start_that_fails_is_no_figure(tmp_path: Path) -> None:
+    settings = load_config(None, [*TINY, f"data.train=[{tmp_path / 'none.tar'}]", "train.steps=1000"])
+    with pytest.raises(HyperpriorError, match="hyperprior train .* ended with exit code 3$"):
+        bench.bench(settings, ["start"], 1, Terminal())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
@@ -41,8 +48,10 @@ def test_every_part_reports_its_ratios(
         assert len(rates) == 4 and all(0 < rate["low"] <= rate["median"] <= rate["high"] for rate in rates.values())
     loop = found["train"]
     assert loop["loop"]["repeats"] == 3 and 0 <= loop["input_wait"] < 1 and loop["loop_over_step"] > 0
-    assert found["start"]["first_step"]["median"] > found["start"]["import_tensorflow"]["median"] > 0
-    codec = {name: timing["median"] for name, timing in found["codec"].items()}
-    assert codec["compress"] > codec["exact h_s and range coding"] > 0 and codec["decompress"] > codec["g_s"] > 0
+    parts_of_codec = ["compress", "g_a and h_a", "exact h_s and range coding"]
+    parts_of_codec += ["decompress", "exact h_s and range decoding", "g_s"]
+    assert list(found["start"]) == ["first_step", "import_tensorflow"] and list(found["codec"]) == parts_of_codec
+    for timing, repeats in [(t, 2) for t in found["start"].values()] + [(t, 4) for t in found["codec"].values()]:
+        assert 0 < timing["low"] <= timing["median"] <= timing["high"] and timing["repeats"] == repeats
     output = capsys.readouterr().out
     assert "step / ideal" in output and "ours / it" in output and "loop / step" in output
