@@ -102,9 +102,15 @@ class Optimizer(tf.Module):
 
         def refuse() -> tf.Tensor:
             with tf.control_dependencies(self._shrink()):
-                return tf.constant(False)
+                return tf.constant(True)
 
-        tf.cond(dropped, lambda: tf.constant(False), lambda: tf.cond(finite, update, refuse))
+        def nothing() -> tf.Tensor:
+            return tf.constant(False)
+
+        # Two conditions beside each other: every variable would pass through both of nested ones.
+        tf.cond(finite & ~dropped, update, nothing)
+        if self.loss_scaling:
+            tf.cond(~finite & ~dropped, refuse, nothing)
 
     def _grow(self) -> list[tf.Operation]:
         if not self.loss_scaling:
@@ -114,8 +120,6 @@ class Optimizer(tf.Module):
         return [assign(self.good_steps, grown), assign(self.loss_scale, scale)]
 
     def _shrink(self) -> list[tf.Operation]:
-        if not self.loss_scaling:
-            return []
         return [assign(self.good_steps, tf.constant(0, tf.int64)), assign(self.loss_scale, self.loss_scale / 2.0)]
 
     @contextlib.contextmanager

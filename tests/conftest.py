@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -110,11 +111,17 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def hyperprior(tmp_path: Path) -> Command:
-    """Runs the command in a fresh process, in the test's directory."""
+    """Runs the command in a process of its own, in the test's directory; in a `fresh` one, with another environment."""
 
-    def call(*arguments: object, check: int | None = 0, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hyperprior", *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, **options)
+    def call(
+        *arguments: object, check: int | None = 0, fresh: bool = False, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        if fresh or env:
+            command = [sys.executable, "-m", "hyperprior", *words]
+            result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=env)
+        else:
+            result = forked.run(words, tmp_path)
         if check is not None:
             assert result.returncode == check, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from conftest import TINY, Command, encoded, photo
@@ -35,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.yaml").write_text("seed: 0\n")
     sources = ["data.train=[photos]", "data.val_split=0.2", "data.test_split=0.1"]
     command = ["train", "empty.yaml", *TINY, *sources, "train.steps=30", "train.validate_every=15", "--run", "run"]
-    done = subprocess.run([sys.executable, "-m", "hyperprior", *command], cwd=folder, capture_output=True, text=True)
+    done = forked.run(command, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "integer h_s costs" in done.stdout
     return folder / "run"

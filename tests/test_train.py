@@ -331,6 +331,7 @@ def test_every_way_of_training_learns(
         *options,
         "--run",
         "r",
+        fresh="train.precision=mixed_bfloat16" in options,  # which wants TensorFlow's own kernels
     )
     losses = [row["loss"] for row in lines(tmp_path / "r", "train")]
     assert len(losses) == (4 if "train.epochs=2" in options else 6)

@@ -1,0 +1,47 @@
+"""The command in a process forked from one that has imported TensorFlow, which is half of what a short run takes.
+
+The import starts nothing of TensorFlow's, so what is forked is what a fresh process would be after it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SECONDS = 300
+ONEDNN = "TF_ENABLE_ONEDNN_OPTS"  # read once, at the import
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["hyperprior.train", "hyperprior.export", "hyperprior.evaluate"])
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run` gives of `hyperprior ARGUMENTS` in `folder`."""
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as error:
+        process = SERVER.Process(target=command, args=(arguments, folder, dict(os.environ), out.name, error.name))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(ONEDNN, "1")  # for the server, which the first process starts
+            process.start()
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, SECONDS, out.read(), error.read())
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read().decode(), error.read().decode())
+
+
+def command(arguments: list[str], folder: Path, environment: dict[str, str], out: str, error: str) -> None:
+    for stream, name in ((1, out), (2, error)):
+        os.dup2(os.open(name, os.O_WRONLY), stream)
+    os.chdir(folder)
+    os.environ.clear()
+    # Without this the command would start itself anew, for the allocator's settings.
+    os.environ.update(environment, MALLOC_TOP_PAD_=str(2**28))
+    sys.argv = ["hyperprior", *arguments]
+    from hyperprior import cli
+
+    cli.main()
