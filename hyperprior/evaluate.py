@@ -99,7 +99,9 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
 
-    rows, files = measure(photos, models, chosen, cache, terminal)
+    in_sheet, in_report = spaced(photos, SHEET_PICTURES), spaced(photos, REPORT_PICTURES)
+    kept = {photo.name for photo in in_sheet + in_report}
+    rows, files = measure(photos, kept, models, chosen, cache, terminal)
     points = average(rows, models, chosen) + published
     judged = [point for point in points if point["kind"] == "model" and stored]
     verdicts = [gate.judge(point, stored[point["point"]], options.margin) for point in judged]
@@ -126,7 +128,11 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     shown = [next(model for model in nearest if model.curve == c) for c in dict.fromkeys(m.curve for m in models)]
     shown = shown[:SHEET_MODELS]
     title = "; ".join(f"{model.name}: {model.curve}, lambda {model.facts()['lambda']:g}" for model in shown)
-    sheet_rows, pictures = compared(shown, photos, chosen, files)
+    sheet_rows, pictures = [], []
+    for photo in (photo for photo in photos if photo.name in kept):
+        row, picture = compared(photo, shown, chosen, files)
+        sheet_rows += [row] if photo in in_sheet else []
+        pictures += [picture] if photo in in_report else []
     sheet = plots.picture_sheet(title, sheet_rows)
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
     write_text(out / "report.html", report.render(summary, rows, pictures))
@@ -242,15 +248,15 @@ def read_published(choice: Optional[str], photos: Sequence[Photo]) -> list[dict[
 
 def measure(
     photos: Sequence[Photo],
+    kept: set[str],
     models: Sequence[Model],
     chosen: Sequence[baselines.Baseline],
     cache: baselines.Cache,
     terminal: Terminal,
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bytes]]:
     """(a row of `tables.COLUMNS` for every image and model, and every image, baseline and quality; the models' files
-    of the photos that are shown, by model and photo)."""
+    of the photos named in `kept`, by model and photo)."""
     rows, files = [], {}
-    shown = spaced(photos, REPORT_PICTURES) + spaced(photos, SHEET_PICTURES)
     first = photos[0].pixels()
     for model in models:  # the first call traces graphs
         model.codec.decompress(model.compress(first))
@@ -269,7 +275,7 @@ def measure(
             for model in models:
                 file, row = round_trip(pixels, model.compress, model.codec.decompress)
                 add("model", model.curve, model.name, {**row, "estimated_bits": model.codec.estimated_bits(file)})
-                if photo in shown:
+                if photo.name in kept:
                     files[model.name, photo.name] = file
             for baseline in chosen:
                 for value in baseline.sweep:
@@ -377,45 +383,35 @@ def rate_of(model: Model, points: Sequence[dict[str, Any]]) -> float:
 
 
 def compared(
-    models: Sequence[Model],
-    photos: Sequence[Photo],
-    chosen: Sequence[baselines.Baseline],
-    files: dict[tuple[str, str], bytes],
-) -> tuple[list[list[plots.Picture]], list[dict[str, Any]]]:
-    """(rows of the sheet, pictures of the report): the original, ours, and baselines of at most the first's bytes.
+    photo: Photo, models: Sequence[Model], chosen: Sequence[baselines.Baseline], files: dict[tuple[str, str], bytes]
+) -> tuple[list[plots.Picture], dict[str, Any]]:
+    """(row of the sheet, picture of the report): the original, ours, and baselines of at most the first's bytes.
 
     `files`: of `measure`.
-    Both show photos that are evenly spaced by name, the report more of them.
     """
-    rows, pictures = [], []
-    in_sheet, in_report = (set(spaced(photos, most)) for most in (SHEET_PICTURES, REPORT_PICTURES))
-    for photo in (photo for photo in photos if photo in in_sheet | in_report):
-        pixels = photo.pixels()
-        row = [plots.Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
-        ours = [files[model.name, photo.name] for model in models]
-        titles = [model.name for model in models] if len(models) > 1 else ["hyperprior"]
-        coded = [(t, f, model.codec.decompress(f), "") for t, f, model in zip(titles, ours, models)]
-        for baseline in (b for b in chosen if b.name in SHEET_BASELINES):
-            file, quality = baselines.fit(baseline, pixels, len(ours[0]))
-            kind = f"image/{baseline.format.lower()}"
-            coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file), kind))
-        versions = []
-        for title, file, decoded, kind in coded:
-            found = rd.distortions(pixels, decoded)
-            bpp = 8 * len(file) / photo.width / photo.height
-            quality_line = f"PSNR {found['psnr_db']:.2f} dB"
-            if found["ms_ssim"] is not None:
-                quality_line += f" · MS-SSIM {found['ms_ssim']:.4f}"
-            lines = [f"{len(file):,} bytes · {bpp:.3f} bpp", quality_line]
-            row.append(plots.Picture(title, lines, decoded))
-            versions.append(report.Version(title, " · ".join(lines), decoded, file if kind else None, kind))
-        if photo in in_sheet:
-            rows.append(row)
-        if photo in in_report:
-            pictures.append(report.picture(photo.name, pixels, versions))
-    return rows, pictures
+    pixels = photo.pixels()
+    row = [plots.Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)]
+    ours = [files[model.name, photo.name] for model in models]
+    titles = [model.name for model in models] if len(models) > 1 else ["hyperprior"]
+    coded = [(t, f, model.codec.decompress(f), "") for t, f, model in zip(titles, ours, models)]
+    for baseline in (b for b in chosen if b.name in SHEET_BASELINES):
+        file, quality = baselines.fit(baseline, pixels, len(ours[0]))
+        kind = f"image/{baseline.format.lower()}"
+        coded.append((f"{baseline.label}, quality {quality}", file, baselines.decode(file), kind))
+    versions = []
+    for title, file, decoded, kind in coded:
+        found = rd.distortions(pixels, decoded)
+        bpp = 8 * len(file) / photo.width / photo.height
+        quality_line = f"PSNR {found['psnr_db']:.2f} dB"
+        if found["ms_ssim"] is not None:
+            quality_line += f" · MS-SSIM {found['ms_ssim']:.4f}"
+        lines = [f"{len(file):,} bytes · {bpp:.3f} bpp", quality_line]
+        row.append(plots.Picture(title, lines, decoded))
+        versions.append(report.Version(title, " · ".join(lines), decoded, file if kind else None, kind))
+    return row, report.picture(photo.name, pixels, versions)
 
 
 def spaced(photos: Sequence[Photo], most: int) -> list[Photo]:
+    """At most so many photos, at even distances."""
     count = min(most, len(photos))
     return [photos[index * len(photos) // count] for index in range(count)]

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageDraw
 
-from hyperprior import baselines, rd, steps
+from hyperprior import baselines, rd, validation
 from hyperprior.model import ScaleHyperprior, gaussian_bits_each
 from hyperprior.summaries import Summaries
 
@@ -72,9 +72,9 @@ def make_look(hyperprior: ScaleHyperprior) -> Callable[[np.ndarray, tf.Tensor], 
     @tf.function(input_signature=[tf.TensorSpec([1, None, None, 3], tf.uint8), tf.TensorSpec([None])], autograph=False)
     def run(images: tf.Tensor, z_offset: tf.Tensor) -> tuple[tf.Tensor, ...]:
         x = tf.cast(images, tf.float32) / 255.0
-        x_hat, out = steps.reconstruct(hyperprior, x, z_offset)
+        x_hat, out = validation.reconstruct(hyperprior, x, z_offset)
         bits = gaussian_bits_each(out.y, hyperprior.scales(out.log_scales))
-        ms_ssim, fits = steps.ms_ssim_if_large(x, x_hat)
+        ms_ssim, fits = validation.ms_ssim_if_large(x, x_hat)
         pixels = tf.cast(tf.round(x_hat * 255.0), tf.uint8)
         psnr = rd.psnr_db(rd.mse(x, x_hat))
         return pixels, bits, out.y, out.log_scales, out.bits_y + out.bits_z, psnr, ms_ssim, fits

@@ -1,4 +1,4 @@
-"""What runs in the graph: n training steps in one call, and one evaluation batch.
+"""What runs in the graph: n training steps in one call.
 
 One metrics vector passes between the graph and the outer loop, summed over all replicas together with the
 gradients, so every worker reads the same numbers and reaches the same verdict.
@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from hyperprior import lanes, model, rd
-from hyperprior.config import MS_SSIM_MIN_SIDE, Config
+from hyperprior.config import Config
 from hyperprior.distribute import World
 from hyperprior.optimizer import Optimizer
 
 TRAIN_METRICS = ("loss", "bpp_y", "bpp_z", "distortion", "psnr_db")
-EVAL_METRICS = (*TRAIN_METRICS, "ms_ssim", "ms_ssim_images", "images")
 INPUT = ("samples", "bad", "small", "visits", "lost")  # what each step's input met, summed over workers
 
 
@@ -124,62 +122,3 @@ def make_train_steps(
         return tf.while_loop(go_on, one_step, Steps(tf.constant(0), tf.constant(False), failed, *nothing))
 
     return train_steps
-
-
-def make_eval_step(world: World, hyperprior: model.ScaleHyperprior, settings: Config) -> Callable[..., tf.Tensor]:
-    """f(images, weights, stop, z_offset) → [len(EVAL_METRICS) + 1]: weighted sums over the batch, and stops."""
-
-    def replica_step(images: tf.Tensor, weights: tf.Tensor, stop: tf.Tensor, z_offset: tf.Tensor) -> tf.Tensor:
-        x = tf.cast(images, tf.float32) / 255.0
-        x_hat, out = reconstruct(hyperprior, x, z_offset)
-        height, width = tf.unstack(tf.shape(x)[1:3])
-        bpp_y, bpp_z = (rd.bits_per_pixel(bits, height, width) for bits in (out.bits_y, out.bits_z))
-        mse = rd.mse(x, x_hat)
-        ms_ssim, fits = ms_ssim_if_large(x, x_hat)
-        distortion = mse if settings.loss.metric == "mse" else 1.0 - ms_ssim
-        loss = rd.lagrangian(bpp_y + bpp_z, distortion, settings.loss.lmbda, settings.loss.metric)
-        ones = tf.ones_like(mse)
-        rows = [loss, bpp_y, bpp_z, distortion, rd.psnr_db(mse), ms_ssim, fits, ones]
-        # A weight of 0 marks a padded place; multiplying would let its NaN through.
-        sums = tf.reduce_sum(tf.where(weights > 0, tf.stack(rows), 0.0), axis=1)
-        return tf.distribute.get_replica_context().all_reduce("SUM", tf.concat([sums, stop[None]], axis=0))
-
-    @tf.function(reduce_retracing=True, autograph=False)
-    def eval_step(images: Any, weights: Any, stop: Any, z_offset: tf.Tensor) -> tf.Tensor:
-        return world.first(world.strategy.run(replica_step, (images, weights, stop, z_offset)))
-
-    return eval_step
-
-
-def reconstruct(
-    hyperprior: model.ScaleHyperprior, x: tf.Tensor, z_offset: tf.Tensor
-) -> tuple[tf.Tensor, model.Forward]:
-    """What a viewer gets of [B, H, W, 3] images of any size: rounded latents, 8-bit pixels in [0, 1]."""
-    height, width = tf.unstack(tf.shape(x)[1:3])
-    out = hyperprior.round(model.pad(x), z_offset)
-    x_hat = tf.clip_by_value(out.x_hat[:, :height, :width], 0.0, 1.0)
-    return tf.round(x_hat * 255.0) / 255.0, out
-
-
-def ms_ssim_if_large(x: tf.Tensor, x_hat: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """(MS-SSIM, 1) of images that are large enough for it, else (0, 0): [B] each."""
-    none = tf.zeros(tf.shape(x)[0]), tf.zeros(tf.shape(x)[0])
-
-    def measured() -> tuple[tf.Tensor, tf.Tensor]:
-        return rd.ms_ssim(x, x_hat), tf.ones(tf.shape(x)[0])
-
-    if x.shape[1:3].is_fully_defined():  # a branch that cannot be cannot be traced either
-        return measured() if min(x.shape[1:3]) >= MS_SSIM_MIN_SIDE else none
-    return tf.cond(tf.reduce_min(tf.shape(x)[1:3]) >= MS_SSIM_MIN_SIDE, measured, lambda: none)
-
-
-def means(sums: np.ndarray) -> dict[str, float]:
-    """Means per image from the sums of `eval_step`, with bpp; ms_ssim over the images that are large enough."""
-    found = dict(zip(EVAL_METRICS, map(float, sums)))
-    images, ms_ssim_images = found.pop("images"), found.pop("ms_ssim_images")
-    result = {
-        name: value / (ms_ssim_images if name == "ms_ssim" else images) if images else float("nan")
-        for name, value in found.items()
-        if name != "ms_ssim" or ms_ssim_images
-    }
-    return {**result, "bpp": result["bpp_y"] + result["bpp_z"], "images": int(images)}

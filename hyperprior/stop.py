@@ -10,7 +10,7 @@ from typing import Optional
 
 import tensorflow as tf
 
-from hyperprior.errors import Stopped
+from hyperprior.errors import HyperpriorError, Stopped
 
 
 class StopRequest:
@@ -23,6 +23,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = self.in_loop = self.interrupted = False
         self.flag: Optional[tf.Variable] = None
+        self.error: Optional[HyperpriorError] = None  # of this worker, if that is why
         self.before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def install(self) -> None:
@@ -44,8 +45,8 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def ask(self) -> None:
-        self.requested = True
+    def ask(self, error: Optional[HyperpriorError] = None) -> None:
+        self.requested, self.error = True, self.error or error
         if self.flag is not None:
             self.flag.assign(1.0)
 

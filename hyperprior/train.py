@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional
 
@@ -19,8 +20,8 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, codec, initial, lanes, monitor, rd, steps, stream, summaries
-from hyperprior.config import DOWNSAMPLING, Config, differences, flat, render, validate
+from hyperprior import checkpoint, codec, initial, lanes, monitor, steps, stream, summaries, validation
+from hyperprior.config import Config, differences, flat, render, validate
 from hyperprior.distribute import World
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, LostWorker, Stopped
 from hyperprior.lanes import Cursor
@@ -143,12 +144,12 @@ class Trainer:
             world.together(lambda: checkpoint.assign(self.variables, arrays, str(self.checkpoints)))
             self.state = State(**{**state["run"], "cursors": [Cursor(*c) for c in state["run"]["cursors"]]})
             self.check_best()
-        world.together(self.check_evaluation)
-        self.error: Optional[HyperpriorError] = None  # of this worker's input
+        self.evaluator = validation.Evaluator(world, self.model, settings, stop)
+        world.together(self.check_held_out)
         self.reading = stream.Reading()
         self.train_steps = steps.make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
-        self.eval_step = steps.make_eval_step(world, self.model, settings)
-        self.monitor = monitor.Monitor(self.model, self.val_images, settings.summaries.num_images)
+        shown = functools.partial(self.evaluator.images, self.splits.val)
+        self.monitor = monitor.Monitor(self.model, shown, settings.summaries.num_images)
         self.tracing = False
 
     def steps_of(self, interval: int | str | None) -> int:
@@ -219,21 +220,9 @@ class Trainer:
             self.state.best_loss, self.state.best_step, self.state.stale = None, 0, 0
         self.world.same({"best step": self.state.best_step})
 
-    def check_evaluation(self) -> None:
-        """Raises DataError unless validation and test each have an image that can be used."""
-        for name, source in (("val", self.splits.val), (self.splits.test_name, self.splits.test)):
-            if source.images:
-                places = stream.eval_batches(source, self.settings.data, range(1), 1, self.min_side)
-                with contextlib.closing(places):
-                    if not any(place.weight for (place,) in places):
-                        raise DataError(
-                            f"none of the {source.images} images of the {name} split can be used with "
-                            f"data.eval_crop={self.settings.data.eval_crop}; lower it, or give other images"
-                        )
-
-    @property
-    def min_side(self) -> int:
-        return rd.MS_SSIM_MIN_SIDE if self.settings.loss.metric == "ms-ssim" else 1
+    def check_held_out(self) -> None:
+        self.evaluator.check("val", self.splits.val)
+        self.evaluator.check(self.splits.test_name, self.splits.test)
 
     def describe_data(self) -> str:
         s = self.splits
@@ -376,7 +365,7 @@ class Trainer:
 
     def raise_stopped(self, message: str) -> NoReturn:
         """Raises on every worker what made one of them stop: an error of its input, or a signal."""
-        self.world.raise_first(self.error)
+        self.world.raise_first(self.stop.error)
         raise Stopped(message)
 
     def next_chunk(self, chunks: stream.Prefetch) -> Chunk:
@@ -386,8 +375,7 @@ class Trainer:
         try:
             chunk = chunks.next(lambda: self.stop.requested, self.tell_late)
         except HyperpriorError as error:
-            self.error = error
-            self.stop.ask()
+            self.stop.ask(error)
         self.log_waited += time.perf_counter() - asked
         if chunk:
             return chunk
@@ -524,7 +512,7 @@ class Trainer:
         state = self.state
         began = time.perf_counter()
         with self.optimizer.averaged_weights():
-            found = self.evaluate(self.splits.val)
+            found = self.evaluator.means(self.splits.val, self.name)
             if found is None:
                 return False
             state.validated_step = state.step
@@ -545,40 +533,6 @@ class Trainer:
             arrays = {f"model/{name}": v.numpy() for name, v in self.model.named_variables().items()}
             checkpoint.save(checkpoint.best_path(self.checkpoints), arrays, state)
 
-    def evaluate(self, source: stream.Source) -> Optional[dict[str, float]]:
-        """Means over a split with rounded latents, on all workers; None if one was asked to stop."""
-        world, settings = self.world, self.settings
-        # Whole images differ in shape, so each replica gets one at a time.
-        each = 1 if settings.data.eval_crop == "full" else world.replica_batch
-        batch_size = each * world.replicas
-        z_offset = self.model.z_offset()
-        totals = np.zeros(len(steps.EVAL_METRICS))
-        batches = stream.eval_batches(source, settings.data, world.lanes(batch_size), batch_size, self.min_side)
-        with contextlib.closing(batches):
-            while found := self.next_evaluated(batches, len(world.lanes(batch_size))):
-                groups = [found[i : i + each] for i in range(0, len(found), each)]
-                images = world.place([np.stack([place.image for place in group]) for group in groups])
-                weights = world.place([np.array([place.weight for place in group], np.float32) for group in groups])
-                stop = world.place_once(np.array(self.stop.requested, np.float32))
-                sums = self.eval_step(images, weights, stop, z_offset).numpy()
-                if sums[-1] > 0:
-                    return None
-                totals += sums[:-1]
-                for place in found:
-                    if place.skip:
-                        self.name(place.skip)
-        return steps.means(totals)
-
-    def next_evaluated(self, batches: Iterator[list[stream.EvalImage]], count: int) -> list[stream.EvalImage]:
-        """The next of `batches`, or none; where that fails blank places, in whose step all workers stop."""
-        try:
-            return next(batches, [])
-        except HyperpriorError as error:
-            self.error = error
-            self.stop.ask()
-            blank = np.zeros((DOWNSAMPLING, DOWNSAMPLING, 3), np.uint8)
-            return [stream.EvalImage(blank, 0.0)] * count
-
     def pictures(self) -> None:
         """What `monitor` shows of the first validation images: the same ones all run long."""
         if not self.world.is_chief or not self.splits.val.images or not self.settings.summaries.num_images:
@@ -587,12 +541,6 @@ class Trainer:
         with self.optimizer.averaged_weights():
             self.monitor.show(self.report, self.state.step, self.state.course)
         self.log_began += time.perf_counter() - began
-
-    def val_images(self) -> Generator[np.ndarray, None, None]:
-        """The validation images that can be used, in order."""
-        settings = self.settings.data
-        with contextlib.closing(stream.eval_batches(self.splits.val, settings, range(1), 1, self.min_side)) as places:
-            yield from (place.image for (place,) in places if place.weight)
 
     def finish(self) -> dict[str, Any]:
         """The result of the best weights (by validation loss; else the last) on the test split."""
@@ -611,7 +559,7 @@ class Trainer:
         found: Optional[dict[str, float]] = {}
         if self.splits.test.images:
             with weights:
-                found = self.evaluate(self.splits.test)
+                found = self.evaluator.means(self.splits.test, self.name)
         if found is None:
             self.raise_stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
         return {

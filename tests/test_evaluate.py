@@ -395,7 +395,7 @@ def test_baselines_are_measured_once(
         """How many baseline points are measured, not kept; and the rows without the model's."""
         measured.clear()
         photos, chosen = evaluate.find_photos(folder, print), [BASELINES["jpeg"], BASELINES["webp"]]
-        rows, _ = evaluate.measure(photos, [evaluate.Model("a", models["a"], "ours")], chosen, cache(), QUIET)
+        rows, _ = evaluate.measure(photos, set(), [evaluate.Model("a", models["a"], "ours")], chosen, cache(), QUIET)
         return len(measured) - len(photos), [row for row in rows if row["kind"] == "baseline"]
 
     def cache() -> baselines.Cache:

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_compression as tfc
 
-from hyperprior import checkpoint, config, initial, model, rd, steps, transforms
+from hyperprior import checkpoint, config, initial, model, rd, steps, transforms, validation
 from hyperprior.distribute import World
 from hyperprior.optimizer import Optimizer
 
@@ -346,7 +346,7 @@ def test_training_bits_bound_rounded_bits_on_average() -> None:
 def test_any_size_is_padded_and_cropped_back() -> None:
     m = model.ScaleHyperprior(SETTINGS)
     for height, width in ((1, 1), (64, 65), (100, 30)):
-        x_hat, _ = steps.reconstruct(m, images(1, 1, height, width), m.z_offset())
+        x_hat, _ = validation.reconstruct(m, images(1, 1, height, width), m.z_offset())
         assert x_hat.shape == (1, height, width, 3)
         assert np.array_equal(np.round(x_hat * 255), (x_hat * 255).numpy().round(3))
     padded = model.pad(images(2, 1, 70, 64))
