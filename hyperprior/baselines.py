@@ -128,7 +128,9 @@ def choose(names: str, say: Callable[[str], None]) -> list[Baseline]:
             raise ConfigError(f"--baselines names `{name}`; there are {', '.join(BASELINES)}, `all` and `none`")
     missing = [name for name in wanted if BASELINES[name].version() is None]
     if missing:
-        remedy = "JPEG XL needs `pip install pillow-jxl-plugin`, AVIF needs Pillow 11.3 or later"
+        needs = {"JXL": "JPEG XL needs `pip install pillow-jxl-plugin`", "AVIF": "AVIF needs Pillow 11.3 or later"}
+        formats = dict.fromkeys(BASELINES[name].format for name in missing)
+        remedy = ", ".join(needs.get(each, f"{each} needs another build of Pillow") for each in formats)
         if names != "all":
             raise ConfigError(f"--baselines names {', '.join(missing)}, which this Pillow has not: {remedy}")
         say(f"without {', '.join(missing)}, which this Pillow has not: {remedy}")

@@ -53,7 +53,7 @@ def write_whole(
     path: Path, write: Callable[[IO[bytes]], object], check: Optional[Callable[[Path], None]] = None
 ) -> None:
     """`path` gets what `write` writes, all of it or none. Raises StorageError."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it, the next write replaces
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
@@ -84,7 +84,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
 
 
 def verify(path: Path) -> None:

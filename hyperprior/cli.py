@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -125,6 +126,12 @@ def sweep(
     from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal
 
+    if images:
+        from hyperprior.baselines import choose
+
+        if not images.is_dir():
+            raise ConfigError(f"--images {images} is no directory; the models are evaluated on its images")
+        choose(baselines, lambda text: None)
     terminal = Terminal(quiet, as_json=as_json)
     folder = out or Path("runs") / f"{config.stem}-sweep"
     plan = job.Plan(config, overrides or [], folder, jobs, warm_start, quiet or as_json)
@@ -151,6 +158,7 @@ def export(
         Optional[Path],
         typer.Option(help="The model directory, or with .npz one file with float16 weights. Default: RUN/model."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another model in --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a codec of a run's best weights. Training ends with it; do it by hand for a run that goes on.
@@ -161,7 +169,7 @@ def export(
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(as_json=as_json)
-    terminal.tell(job.export(run, out, terminal))
+    terminal.tell(job.export(run, out, terminal, force))
 
 
 @app.command()
@@ -477,5 +485,10 @@ def main() -> None:
             raise
         print(f"hyperprior: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # such as a name that is too long, or a full disk behind stdout
+        if show_traceback:
+            raise
+        print(f"hyperprior: {error}", file=sys.stderr)
+        sys.exit(75 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,6 +10,7 @@ what they would give in the whole image. The file does not tell how it was tiled
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,9 +76,7 @@ class Codec:
         self.z_index = np.arange(settings.model.num_scales, settings.model.num_scales + c, dtype=np.int32)
 
         def function(run: Any, channels: int, dtype: tf.DType) -> Any:
-            return tf.function(
-                run, input_signature=[tf.TensorSpec([None, None, None, channels], dtype)], autograph=False
-            )
+            return graph(run, [tf.TensorSpec([None, None, None, channels], dtype)])
 
         self.analyse = function(self._analyse, 3, tf.uint8)
         self.hyper_analyse = function(self._hyper_analyse, m, tf.float32)
@@ -86,7 +85,7 @@ class Codec:
         self.synthesise = function(self._synthesise, m, tf.float32)
         shapes = [[1, None, None, channels] for channels in (m, m, 3, 1, 1)]
         signature = [*(tf.TensorSpec(shape, tf.float32) for shape in shapes), tf.TensorSpec([], tf.int32)]
-        self.search = tf.function(self._search, input_signature=signature, autograph=False)
+        self.search = graph(self._search, signature)
 
     def trained(self) -> checkpoint.Trained:
         """The weights, for a run to start from; those of h_s to the precision of its integers."""
@@ -314,6 +313,13 @@ def wrong_symbols() -> BitstreamError:
         "decodes to other symbols than were encoded: its bytes were changed and its CRC-32 with them, or this "
         "machine's arithmetic is not IEEE 754"
     )
+
+
+def graph(run: Any, signature: list[tf.TensorSpec]) -> Any:
+    """`run` as a graph that is traced at the first call. tf.function itself warns of retracing from the fifth codec on,
+    though each has graphs of its own."""
+    traced = functools.lru_cache(tf.function(run, input_signature=signature, autograph=False).get_concrete_function)
+    return lambda *inputs: traced()(*map(tf.convert_to_tensor, inputs))
 
 
 def integers(x: tf.Tensor) -> tf.Tensor:

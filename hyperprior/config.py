@@ -143,9 +143,9 @@ class Data(Section):
 class Model(Section):
     """The scale hyperprior's dimensions, by the paper's names."""
 
-    num_filters: int = field(128, "N: channels inside g_a and g_s", ge=1)
-    latent_channels: int = field(192, "M: channels of y", ge=1)
-    hyper_channels: int = field(128, "channels of z, and inside h_a and h_s", ge=1)
+    num_filters: int = field(128, "N: channels inside g_a and g_s", ge=1, le=4096)
+    latent_channels: int = field(192, "M: channels of y", ge=1, le=4096)
+    hyper_channels: int = field(128, "channels of z, and inside h_a and h_s", ge=1, le=4096)
     num_scales: int = field(64, "entries of the table of scales, log-spaced", ge=2)
     scale_min: float = field(0.11, "smallest standard deviation of y", gt=0)
     scale_max: float = field(256.0, "largest standard deviation of y", gt=0)
@@ -247,7 +247,7 @@ class Distribute(Section):
         ge=1,
     )
     intra_op_threads: Optional[int] = field(
-        None, "threads inside an operation (default: one per core)", may_change=True, ge=1
+        None, "threads inside an operation (default: one per core)", may_change=True, ge=1, le=1024
     )
     deterministic: bool = field(True, "on GPUs: deterministic kernels, so that a resume is exact", may_change=True)
     start_timeout: int = field(300, "seconds that workers wait for each other at the start", may_change=True, ge=1)
@@ -309,7 +309,7 @@ def nearest(name: str, value: int, multiple: int) -> str:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, `off` and `no` are text, a repeated key is an error."""
+    """YAML as people mean it: `1e-4` is a number, `010` ten, `off` and `1:30` are text, a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -329,13 +329,15 @@ Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)
         for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+        if tag.rpartition(":")[2] not in ("bool", "int", "float", "timestamp")
     ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(node.value)))
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
@@ -348,7 +350,7 @@ def parse_yaml(text: str, name: str) -> Any:
     loader.name = name
     try:
         return loader.get_single_data()
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a key that is a mapping
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # such as a key that is a mapping
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
@@ -362,7 +364,8 @@ def load_config(path: Optional[Path], overrides: list[str]) -> Config:
     tree: Any = {}
     if path is not None:
         try:
-            tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+            tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+            tree = {} if tree is None else tree
         except UnicodeDecodeError as error:
             raise ConfigError(f"config {path} is no text: {error}") from error
         except OSError as error:
@@ -405,7 +408,7 @@ def validate(tree: dict[str, Any], origin: str) -> Config:
 def describe(error: Any) -> str:
     path = [str(p) for p in error["loc"]]
     # A union reports one error per member, with the member's name at the end of the location.
-    path = [p for p in path if not re.fullmatch(r"int|str|literal\[.*\]|function-.*", p)]
+    path = path[:1] + [p for p in path[1:] if not re.fullmatch(r"int|str|literal\[.*\]|function-.*", p)]
     if error["type"] == "extra_forbidden":
         *sections, key = path
         names = [name for name, _ in fields_of(section_at(sections))]
@@ -415,7 +418,11 @@ def describe(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{'.'.join(path)}: {message}" if path else message
-    return f"`{'.'.join(path)}` is {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
+    try:
+        found = json.dumps(error["input"], default=str)
+    except ValueError:
+        found = "a value that holds itself"
+    return f"`{'.'.join(path)}` is {found}: {message[0].lower()}{message[1:]}"
 
 
 def section_at(path: list[str]) -> type[Section]:

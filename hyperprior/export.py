@@ -31,16 +31,17 @@ CONTENTS = (models.WEIGHTS, "model.json", "saved_model")
 COST_IMAGES = 8
 
 
-def export(run: Path, out: Optional[Path], terminal: Terminal) -> dict[str, Any]:
+def export(run: Path, out: Optional[Path], terminal: Terminal, force: bool = False) -> dict[str, Any]:
     """Writes the model directory of a run, by default RUN/model, and returns what it is: path, fingerprint, step, ...
 
     An `out` that ends in .npz becomes one file, half as large: weights rounded to float16, compressed, and
-    nothing for serving. Raises ConfigError if the run holds no checkpoint or cannot be made exact, StorageError
-    if it cannot be written; what `out` held is then still there. Does nothing where `out` is this run's export
-    already.
+    nothing for serving. Raises ConfigError if the run holds no checkpoint or cannot be made exact, or if `out` holds
+    another model and not `force`, which files may need; StorageError if it cannot be written. What `out` held is then
+    still there. Does nothing where `out` is this run's export already.
     """
     if out and out.suffix == ".npz":
-        return export_file(run, out, terminal)
+        return export_file(run, out, terminal, force)
+    force = force or out is None  # the run's own
     out = out or run / "model"
     if out.is_symlink() or not out.name:
         out = out.resolve()
@@ -54,6 +55,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> dict[str, Any]
             terminal.say(f"model    {out}, {done.fingerprint}: exported already")
             return {"model": str(out), "fingerprint": done.fingerprint, **done.info}
 
+    check_replaced(out / models.WEIGHTS, weights, force)
     made, arrays, description = make(trained, weights, str(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,15 +76,18 @@ def export(run: Path, out: Optional[Path], terminal: Terminal) -> dict[str, Any]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, tf.errors.OpError) as error:
+        if isinstance(error, OSError) and error.errno in checkpoint.NOT_FOR_WRITING:
+            raise ConfigError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
         raise StorageError(
             f"{out} cannot be written: {error}; free the disk or choose another --out, and export again"
         ) from error
     return facts(out, description, terminal)
 
 
-def export_file(run: Path, out: Path, terminal: Terminal) -> dict[str, Any]:
+def export_file(run: Path, out: Path, terminal: Terminal, force: bool) -> dict[str, Any]:
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = codec.fingerprint(trained.arrays)
+    check_replaced(out, weights, force)
     short = {name: array.astype(np.float16) for name, array in trained.arrays.items()}
     rounded = dataclasses.replace(trained, arrays={name: a.astype(np.float32) for name, a in short.items()})
     _, arrays, description = make(rounded, weights, str(out), short)
@@ -92,6 +97,19 @@ def export_file(run: Path, out: Path, terminal: Terminal) -> dict[str, Any]:
         f"         float16 weights: a model of its own. It does not read what {run}/model wrote, nor that its files"
     )
     return found
+
+
+def check_replaced(file: Path, weights: str, force: bool) -> None:
+    """Raises ConfigError where the model in `file` is of other weights: what it wrote, no other can read."""
+    if file.exists() and not force:
+        found = None
+        with contextlib.suppress(DataError):
+            found = models.describe(file)
+        if not found or found.get("weights") != weights:
+            what = f"model {found['fingerprint']}" if found else "something else"
+            raise ConfigError(
+                f"{file} holds {what}, which its .hyp files need; choose another --out, or replace it with --force"
+            )
 
 
 def make(

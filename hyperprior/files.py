@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Optional, TextIO
 
 import numpy as np
 from PIL import Image
@@ -86,10 +86,11 @@ def pair(
         jobs.append(Job(source, target))
     seen: dict[str, str] = {}
     for job in jobs:
-        if job.target in seen and job.target != STANDARD:
-            raise ConfigError(f"{seen[job.target]} and {job.source} would both become {job.target}")
-        seen[job.target] = job.source
         place = Path(job.target)
+        real = os.path.realpath(place)
+        if real in seen and job.target != STANDARD:
+            raise ConfigError(f"{seen[real]} and {job.source} would both become {job.target}")
+        seen[real] = job.source
         if job.target == STANDARD or not place.exists():
             continue
         if job.source != STANDARD and place.samefile(job.source):
@@ -115,7 +116,7 @@ def run(
         for done, job in enumerate(jobs, 1):
             try:
                 try:
-                    data = sys.stdin.buffer.read() if job.source == STANDARD else Path(job.source).read_bytes()
+                    data = opened(sys.stdin).read() if job.source == STANDARD else Path(job.source).read_bytes()
                 except OSError as error:
                     raise DataError(f"cannot be read: {error.strerror}") from error
                 result, found = convert(job, data)
@@ -141,8 +142,8 @@ def run(
 
 def to_stdout(data: bytes) -> None:
     try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        opened(sys.stdout).write(data)
+        opened(sys.stdout).flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -223,11 +224,18 @@ def reader(model: Optional[str]) -> Callable[[bytes], Codec]:
         if name := models.of_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
             return opened(name)
         raise ConfigError(
-            f"written with model {fingerprint}, which is not in the box; --model takes its run or what "
-            f"`hyperprior export` wrote, HYPERPRIOR_MODEL sets a default"
+            f"written with model {fingerprint}, which is not in the box: name its run or what `hyperprior export` "
+            f"wrote with --model, or in the environment as HYPERPRIOR_MODEL"
         )
 
     return of_file
+
+
+def opened(stream: Optional[TextIO]) -> BinaryIO:
+    """The bytes of stdin or stdout, which Python has as None where the shell closed them."""
+    if stream is None:
+        raise ConfigError("standard input or output is closed; name a file")
+    return stream.buffer
 
 
 def size(image: np.ndarray) -> dict[str, Any]:
@@ -285,6 +293,8 @@ def info(path: Path, model: Optional[str]) -> dict[str, Any]:
             found["fits"] = description["fingerprint"] == found["model"]
             found["given_model"] = f"{model}, {description['fingerprint']}"
         return found
+    if path.suffix == ".hyp" and not path.exists():
+        raise ConfigError(f"{path} does not exist")
     if not (path / "checkpoints").is_dir():
         return {"kind": "model", **models.describe(path)}
     newest = checkpoint.load_newest(path / "checkpoints", lambda text: None)

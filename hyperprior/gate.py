@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ def read(path: Path, out: Path, images: dict[str, str], models: dict[str, dict[s
         summary = json.loads(path.read_text())
         before = {image["name"]: image["sha256"] for image in summary["images"]}
         points = [
-            {**p, "lambda": float(p["lambda"]), "metric": str(p["metric"]), "loss": float(p.get("loss") or 0.0)}
+            {
+                **p,
+                "point": str(p["point"]),
+                "lambda": float(p["lambda"]),
+                "metric": str(p["metric"]),
+                "loss": float(p.get("loss") or 0.0),
+            }
             for p in summary["points"]
             if p["kind"] == "model"
         ]
@@ -45,7 +52,8 @@ def read(path: Path, out: Path, images: dict[str, str], models: dict[str, dict[s
         )
     stored = {}
     for name, facts in models.items():
-        fitting = [p for p in points if p.get("loss") and all(p[k] == facts[k] for k in ("metric", "lambda"))]
+        finite = [p for p in points if 0 < p["loss"] < math.inf]
+        fitting = [p for p in finite if all(p[k] == facts[k] for k in ("metric", "lambda"))]
         fitting = [p for p in fitting if p["point"] == name] if len(fitting) > 1 else fitting
         if len(fitting) != 1:
             there = ", ".join(f"{p['point']} ({p['metric']}, lambda {p['lambda']:g})" for p in points) or "nothing"

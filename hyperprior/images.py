@@ -211,7 +211,10 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """[H, W, 3] uint8 of an opened image. Raises Unusable."""
     try:
         if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow would clip instead of scale
-            gray = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+            gray = np.asarray(image)
+            if gray.min() < 0 or gray.max() > 65535:
+                raise Unusable(f"gray levels from {gray.min()} to {gray.max()}; at most 16 bits can be scaled to 8")
+            gray = gray.astype(np.uint32)
             return np.repeat(((gray * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=-1)
         if image.mode == "F":
             raise Unusable("floating-point pixels of unknown range")

@@ -42,8 +42,8 @@ class HypImageFile(ImageFile.ImageFile):
 
 
 def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
-    model: Any = image.encoderinfo.get("model")
-    codec = model if hasattr(model, "compress") else cached(models.chosen(model and str(model)))
+    model, quality = (image.encoderinfo.get(name) for name in ("model", "quality"))
+    codec: Any = model if hasattr(model, "compress") else cached(models.chosen(model and str(model), quality))
     try:
         pixels = images.to_rgb(image)
     except images.Unusable as error:

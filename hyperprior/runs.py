@@ -75,17 +75,21 @@ def last_rows(run: Path) -> Iterator[dict[str, Any]]:
         file.seek(start)
         for number, line in enumerate(file.read().splitlines()):
             try:
-                yield json.loads(line)
-            except ValueError:
+                row = json.loads(line)
+                row["kind"], row["step"]
+                yield row
+            except (ValueError, TypeError, KeyError):
                 if number or not start:  # the last, cut off by a kill
                     return
 
 
 def read_result(run: Path) -> Optional[dict[str, Any]]:
+    """What results.json holds; None where there is none, or none that training wrote."""
     try:
-        return json.loads((run / "results.json").read_text())
+        found = json.loads((run / "results.json").read_text())
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and isinstance(found.get("trained_steps"), int) else None
 
 
 def is_held(run: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from hyperprior import runs
 from hyperprior.checkpoint import write_text
 from hyperprior.config import load_config
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, Stopped
@@ -150,8 +150,8 @@ def round_lambda(value: float) -> float:
 
 
 def result(plan: Plan, lmbda: float) -> dict[str, Any]:
-    found = json.loads((plan.folder(lmbda) / "results.json").read_text())
-    if "bpp" not in found:
+    found = runs.read_result(plan.folder(lmbda))
+    if not found or "bpp" not in found:
         raise ConfigError(
             f"{plan.folder(lmbda)} has no result: no images are held out; set data.test or data.test_split"
         )
@@ -197,7 +197,9 @@ def train(plan: Plan, runs: Sequence[tuple[float, Optional[float]]], terminal: T
                     del running[slot]
                     if code and not failed:
                         log = f"; {folder}.log tells why" if plan.jobs > 1 else ""
-                        failed = ERRORS.get(code, Stopped)(f"{folder} ended with exit code {code}{log}")
+                        # A kill leaves what a run can go on from; a crash, code 1, would only come again.
+                        kind = Stopped if code < 0 else ERRORS.get(code, HyperpriorError)
+                        failed = kind(f"{folder} ended with exit code {code}{log}")
             time.sleep(0.1)
     finally:
         for number, handler in before.items():

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import hyperprior
-from hyperprior import checkpoint, codec, initial, lanes, monitor, steps, stream, summaries, validation
+from hyperprior import checkpoint, codec, initial, lanes, monitor, runs, steps, stream, summaries, validation
 from hyperprior.config import Config, differences, flat, render, validate
 from hyperprior.distribute import World
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, LostWorker, Stopped
@@ -80,6 +80,7 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
         try:
             world.same({**comparable(settings), "version": hyperprior.__version__, "tensorflow": tf.__version__})
             world.check_batch()
+            world.together(lambda: check_place(run))
             world.together(lambda: world.is_chief and held.enter_context(checkpoint.only_one(run)))
             result = Trainer(settings, run, terminal, world, stop).run_to_end()
         except tf.errors.OpError as error:
@@ -91,6 +92,13 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
                 f"what was saved is intact: start the same command on all workers again"
             ) from error
     return result if world.is_chief else None
+
+
+def check_place(run: Path) -> None:
+    """Raises ConfigError where `run` holds a config.yaml that no run wrote, and that this one would replace."""
+    config = run / "config.yaml"
+    if config.is_file() and not (run / "checkpoints").is_dir() and not config.read_bytes().startswith(b"# hyperprior "):
+        raise ConfigError(f"{config} is not the config of a run, and would be replaced; choose another --run")
 
 
 def comparable(settings: Config) -> dict[str, Any]:
@@ -263,11 +271,10 @@ class Trainer:
     def run_to_end(self) -> dict[str, Any]:
         state = self.state
         results = self.run / "results.json"
-        if state.step and self.finished() and results.exists():
-            result = json.loads(results.read_text())
-            if result["trained_steps"] == state.step:
-                self.terminal.say(f"{self.run} is done: {state.step} steps")
-                return result
+        result = runs.read_result(self.run) if state.step and self.finished() else None
+        if result and result["trained_steps"] == state.step:
+            self.terminal.say(f"{self.run} is done: {state.step} steps")
+            return result
         self.announce()
         self.write("config.yaml", f"# hyperprior {hyperprior.__version__}, resolved\n{render(self.settings)}")
         with self.summaries() as self.report:

@@ -27,7 +27,7 @@ train start 0.0483 "$steps" train.start_from=null data.patch_size=128 train.batc
 before=start quality=5
 for lmbda in 0.0483 0.025 0.013 0.0067 0.0035; do
     train "lambda-$lmbda" "$lmbda" "$tune" "train.start_from=runs/box/$before" "$@"
-    "$hyperprior" export "runs/box/lambda-$lmbda" --out "hyperprior/models/q$quality.npz"
+    "$hyperprior" export "runs/box/lambda-$lmbda" --out "hyperprior/models/q$quality.npz" --force
     before="lambda-$lmbda" quality=$((quality - 1))
 done
 "$hyperprior" evaluate q1 q2 q3 q4 q5 --images "$images" --out runs/box/results

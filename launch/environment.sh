@@ -27,10 +27,10 @@ MESSAGE
             exit 2
         fi
         echo "making .venv with $("$python" --version)"
-        "$python" -m venv .venv
+        "$python" -m venv .venv || return
     fi
-    echo "installing hyperprior[$extras] into .venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
+    echo "installing hyperprior${extras:+[$extras]} into .venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}" || return
     touch "$stamp"
 }
 
@@ -38,7 +38,7 @@ MESSAGE
 find_hyperprior() {
     hyperprior="${HYPERPRIOR:-}"
     if [ -z "$hyperprior" ]; then
-        if command -v nvidia-smi > /dev/null 2>&1; then make_environment cuda; else make_environment ""; fi
+        make_environment "$(command -v nvidia-smi > /dev/null 2>&1 && echo cuda)" || return
         hyperprior="$PWD/.venv/bin/hyperprior"
     fi
 }

@@ -206,7 +206,7 @@ def test_pack_goes_on_where_it_stopped_and_refuses_another_plan(
     shards = sorted((tmp_path / "out").glob("*.tar"))
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards}
     shards[3].unlink()
-    (tmp_path / "out" / "shards-000003.tar.tmp").write_bytes(b"half a shard")
+    (tmp_path / "out" / ".shards-000003.tar.tmp").write_bytes(b"half a shard")
     hyperprior(*arguments)
     after = {
         path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").glob("*.tar"))

@@ -47,8 +47,11 @@ def test_yaml_means_what_people_mean(tmp_path: Path) -> None:
     assert c.train.learning_rate == 1e-4 and c.train.steps == 2_000_000
     c = load_config(write(tmp_path, "data: {allow_pipe: off, train: [on, no, 2026-01-01]}\ntrain: {xla: true}\n"), [])
     assert (c.data.allow_pipe, c.train.xla, c.data.train) == (False, True, ["on", "no", "2026-01-01"])
+    assert load_config(write(tmp_path, "seed: 010\n"), []).seed == 10
     with pytest.raises(ConfigError, match='`loss.lambda` is "off"'):
         load_config(write(tmp_path, "loss: {lambda: off}\n"), [])
+    with pytest.raises(ConfigError, match="a config is a mapping of sections; found list"):
+        load_config(write(tmp_path, "[]\n"), [])
 
 
 def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
@@ -75,7 +78,12 @@ def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("train.schedule=steps", "decay_steps is empty"),
         ("train=[1", "not valid YAML"),
         ("seed={{x}}", "not valid YAML"),
-        ("seed=0x_", "not valid YAML"),
+        ("seed=0x_", '`seed` is "0x_"'),
+        ("seed=1:30", '`seed` is "1:30"'),
+        ("str=3", "unknown key `str`"),
+        ("data.train=&a [*a]", "`data.train.0` is a value that holds itself"),
+        ("model.num_filters=99999999999", "less than or equal to 4096"),
+        ("seed=" + 5000 * "[", "not valid YAML"),
         ("train.validate_every=-5.0", "an interval is a number of steps"),
         ("train.validate_every=0.0", "an interval is a number of steps"),
         ("train.steps=true", "steps is true; a number or text is expected"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -318,6 +319,28 @@ def test_a_gate_that_does_not_fit_is_refused_before_anything_is_measured(
     with pytest.raises(ConfigError, match=r"other images: 1 differ or are missing on one side, first a\.png"):
         run(tmp_path, "a", folder, out="again", gate=stored)
     assert models["a"].calls == before and not (tmp_path / "again").exists()
+
+
+def test_a_stored_loss_that_is_not_finite_passes_nothing(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel]
+) -> None:
+    summary = run(tmp_path, "a", folder)
+    summary["points"][0]["loss"] = float("inf")
+    (tmp_path / "edited.json").write_text(json.dumps(summary))
+    with pytest.raises(ConfigError, match="no one result to compare a"):
+        run(tmp_path, "a", folder, out="again", gate=tmp_path / "edited.json")
+    del summary["points"][0]["point"]
+    (tmp_path / "edited.json").write_text(json.dumps(summary))
+    with pytest.raises(ConfigError, match=r"is no summary\.json"):
+        run(tmp_path, "a", folder, out="again", gate=tmp_path / "edited.json")
+
+
+def test_names_that_are_no_utf_8_are_written_escaped(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel]
+) -> None:
+    (folder / os.fsdecode(b"\xff \xe9.png")).write_bytes((folder / "a.png").read_bytes())
+    assert len(run(tmp_path, "a", folder)["images"]) == 4
+    assert r"\udcff \udce9.png" in (tmp_path / "out" / "images.csv").read_text()
 
 
 # Baselines --------------------------------------------------------------------------------------------------

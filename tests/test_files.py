@@ -81,6 +81,34 @@ def test_exporting_again_gives_the_same_model_and_only_where_it_must(
     assert (tmp_path / "other" / "model.json").exists() and [p.name for p in tmp_path.iterdir()] == ["other"]
 
 
+def test_a_model_is_only_replaced_by_another_with_force(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
+    arrays["model/g_s/6/bias"] += 1.0
+    state["run"]["best_loss"] = None
+    checkpoint.save(other / "checkpoints" / "step-000000001.npz", arrays, state)
+    for out in (tmp_path / "keep", tmp_path / "keep.npz"):
+        export.export(run, out, Terminal())
+        kept = codec.load(out).fingerprint
+        export.export(run, out, Terminal())
+        with pytest.raises(ConfigError, match=f"holds model {kept}, which its .hyp files need"):
+            export.export(other, out, Terminal())
+        assert codec.load(out).fingerprint == kept
+        export.export(other, out, Terminal(), force=True)
+        assert codec.load(out).fingerprint != kept
+    (tmp_path / "notes.npz").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something else"):
+        export.export(run, tmp_path / "notes.npz", Terminal())
+    assert (tmp_path / "notes.npz").read_text() == "mine"
+
+
+def test_many_models_in_one_process_say_nothing_of_retracing(model: Codec, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(6):
+        again = codec.load(model.origin)
+        assert again.decompress(again.compress(np.asarray(photo(1)))).shape == (80, 96, 3)
+    assert "retracing" not in caplog.text
+
+
 def test_the_last_average_is_exported_where_there_is_no_best(tmp_path: Path, run: Path) -> None:
     arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
     name = "model/g_a/0/bias"
@@ -183,6 +211,7 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(b"")
     Path("b.hyp").write_bytes(b"")
+    Path("link").symlink_to("d")
     (tmp_path / "empty").mkdir()
 
     def plan(*sources: str, out: str | None = None, force: bool = False) -> list[tuple[str, str]]:
@@ -201,6 +230,8 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
         ({"sources": ["none.png"]}, "none.png does not exist"),
         ({"sources": ["empty"]}, "empty holds no file with one of .png, .jpg"),
         ({"sources": ["a.png", "a.jpg"]}, "a.png and a.jpg would both become a.hyp"),
+        ({"sources": ["a.png", str(tmp_path / "a.jpg")]}, f"would both become {tmp_path / 'a.hyp'}"),
+        ({"sources": ["d/a.png", "link/a.png"]}, "d/a.png and link/a.png would both become link/a.hyp"),
         ({"sources": ["a.png", "d/a.png"], "out": "x"}, "a.png and d/a.png would both become x/a.hyp"),
         ({"sources": ["b.png"]}, "b.hyp exists; --force overwrites it"),
         ({"sources": ["b.hyp"], "force": True}, "b.hyp would overwrite itself"),
@@ -270,7 +301,7 @@ def test_models_in_the_box_go_by_quality_and_know_their_own_files(box: Path, run
         models.chosen("runs/a", 2)
     assert models.chosen("runs/a") == "runs/a"
     (tmp_path / "x.hyp").write_bytes(package.load(run).compress(np.asarray(photo(4))))
-    with pytest.raises(ConfigError, match="not in the box; --model takes its run"):
+    with pytest.raises(ConfigError, match="not in the box: name its run"):
         files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "z.png"), ".png", False, None, Terminal())
     assert not (tmp_path / "z.png").exists()
 

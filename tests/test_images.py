@@ -51,6 +51,12 @@ def test_sixteen_bits_are_scaled_to_eight() -> None:
         assert np.array_equal(found[..., 0], found[..., 2])
 
 
+def test_gray_levels_beyond_sixteen_bits_are_refused() -> None:
+    for level in (65536, -1):
+        with pytest.raises(images.Unusable, match="at most 16 bits can be scaled"):
+            images.photograph(encoded(Image.fromarray(np.full((8, 8), level, np.int32)), "TIFF"))
+
+
 def test_transparency_is_flattened_onto_white() -> None:
     image = photo(4).convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize(image.size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,28 @@ def test_workers_sh_says_what_it_wants_and_passes_codes_on(stand_in: dict[str, s
     time.sleep(2)
     running.send_signal(signal.SIGTERM)
     assert running.wait(10) == 75  # asked to stop: no restart
+
+
+def test_an_installation_that_fails_is_tried_again(tmp_path: Path) -> None:
+    """`launch/local.sh` where pip fails once: its code is passed on, and no stamp says that it is done."""
+    for name in ("launch/environment.sh", "launch/local.sh", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name, text in (("python", 'echo "$@" >> pip.log; exit $(cat code)'), ("hyperprior", 'echo "trains $@"')):
+        path = tmp_path / ".venv" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin"}  # without a GPU, and without $HYPERPRIOR
+    found = []
+    for code in ("7", "0", "8"):
+        (tmp_path / "code").write_text(code)
+        command = [tmp_path / "launch" / "local.sh", "c.yaml"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        found.append((result.returncode, "trains train c.yaml" in result.stdout))
+    assert found == [(7, False), (0, True), (0, True)]
+    log = (tmp_path / "pip.log").read_text().splitlines()
+    assert len(log) == 2 and all(line.endswith(" -e .") for line in log)
 
 
 @pytest.mark.parametrize("metric", ["mse", "ms-ssim"])

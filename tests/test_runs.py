@@ -47,6 +47,14 @@ def test_runs_are_listed_with_their_state_and_compared(
         file.write(json.dumps({"kind": "train", "step": long["step"], "loss": 1.0}) + '\n{"kind": "tra')
     assert runs.describe(tmp_path / "all" / "long")["state"] == "cut off"
 
+    # Nor do files that no run wrote hide it: its result is measured again.
+    (tmp_path / "all" / "good" / "results.json").write_text('{"bpp": 1}')
+    with (tmp_path / "all" / "good" / "metrics.jsonl").open("a") as file:
+        file.write('"mine"\n')
+    assert runs.describe(tmp_path / "all" / "good")["step"] == 4
+    hyperprior("train", *arguments, "train.steps=4", "--run", "all/good")
+    assert json.loads((tmp_path / "all" / "good" / "results.json").read_text()) == result
+
     lines = hyperprior("runs", "all").stdout.splitlines()
     assert len(lines) == 4 and lines[1].split()[:2] == ["all/bad", "diverged"]
     found = json.loads(hyperprior("compare", "all/good", "all/long", "--json").stdout)

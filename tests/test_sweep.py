@@ -100,6 +100,8 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_trained(
         ([], "give one of"),
         (["--lambdas", "0.01", "loss.lambda=3"], "leave them out"),
         (["--lambdas", "0.01,0.02", "--jobs", "2", "--warm-start"], "needs the runs one after another"),
+        (["--lambdas", "0.01", "--images", "nowhere"], "--images nowhere is no directory"),
+        (["--lambdas", "0.01", "--images", ".", "--baselines", "gif"], "--baselines names `gif`"),
     ]:
         monkeypatch.setattr(sys, "argv", ["hyperprior", *arguments, *wrong, "--out", "out"])
         with pytest.raises(SystemExit) as ended:

@@ -304,6 +304,15 @@ def test_a_run_starts_from_the_best_weights_of_another(
         assert np.allclose(found[f"model/{name}"], array, rtol=0, atol=2**-16 if "h_s" in name else 0), name
 
 
+def test_a_directory_that_is_no_run_is_left_as_it_is(hyperprior: Command, tmp_path: Path, flat_tar: Path) -> None:
+    mine = tmp_path / "mine" / "config.yaml"
+    mine.parent.mkdir()
+    mine.write_text(f"# tuned by hand\ndata: {{train: [{flat_tar}]}}\n")
+    said = hyperprior("train", mine, *TINY, "train.steps=2", "--run", "mine", check=2).stderr
+    assert "mine/config.yaml is not the config of a run, and would be replaced; choose another --run" in said
+    assert list(mine.parent.iterdir()) == [mine] and mine.read_text().startswith("# tuned by hand")
+
+
 @pytest.mark.parametrize(
     "options",
     [
