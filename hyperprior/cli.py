@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -478,6 +479,8 @@ def main() -> None:
     # TensorFlow's errors reach Python as exceptions; what else it prints at start is noise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else what is half written would stay
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except HyperpriorError as error:

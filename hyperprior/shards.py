@@ -190,6 +190,8 @@ def tar_index(path: str, offset: int, size: int, name: str) -> tuple[tuple[str, 
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"{name} is damaged or not an uncompressed tar: {error}") from error
     for member in members:
+        if member.issparse():
+            raise DataError(f"{name} holds {member.name} as a sparse file, in pieces; pack it without tar's --sparse")
         if member.offset_data + member.size > size:
             raise DataError(damage(name, f"member {member.name} runs past the end of the file"))
     if size < end + BLOCK:

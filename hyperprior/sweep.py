@@ -198,7 +198,7 @@ def train(plan: Plan, runs: Sequence[tuple[float, Optional[float]]], terminal: T
                     if code and not failed:
                         log = f"; {folder}.log tells why" if plan.jobs > 1 else ""
                         # A kill leaves what a run can go on from; a crash, code 1, would only come again.
-                        kind = Stopped if code < 0 else ERRORS.get(code, HyperpriorError)
+                        kind = Stopped if code < 0 or code > 128 else ERRORS.get(code, HyperpriorError)
                         failed = kind(f"{folder} ended with exit code {code}{log}")
             time.sleep(0.1)
     finally:

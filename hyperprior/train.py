@@ -592,7 +592,8 @@ def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
     images = f"{used} images" if used == of else f"{used} of its {of} images (others are too small or broken)"
     return [
         f"result on {what}: {summaries.describe(result)}",
-        f"         {images}, weights of step {result['step']} of {result['trained_steps']}",
+        f"         {images}, weights of step {result['step']} of {result['trained_steps']}"
+        + (": none were better than those it started from" if result["trained_steps"] and not result["step"] else ""),
         f"run      {run}: config.yaml, checkpoints/, metrics.jsonl, results.json",
         f"watch    tensorboard --logdir {run}",
         f"use      hyperprior compress IMAGE --model {run}",

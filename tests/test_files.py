@@ -6,8 +6,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +102,16 @@ def test_a_model_is_only_replaced_by_another_with_force(run: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="holds something else"):
         export.export(run, tmp_path / "notes.npz", Terminal())
     assert (tmp_path / "notes.npz").read_text() == "mine"
+
+
+def test_an_export_that_is_stopped_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hyperprior", "export", str(run), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143 and not list(tmp_path.iterdir())
 
 
 def test_many_models_in_one_process_say_nothing_of_retracing(model: Codec, caplog: pytest.LogCaptureFixture) -> None:

@@ -143,6 +143,17 @@ def damaged(whole: bytes, how: str) -> bytes:
 DAMAGES = ["cut in the middle", "cut at a member", "garbage header", "zero header", "flipped checksum"]
 
 
+def test_a_sparse_member_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "hole.jpg").open("wb") as file:
+        file.write(encoded(photo(1)))
+        file.truncate(10**6)
+    for kind in ("gnu", "posix"):
+        command = ["tar", "--sparse", f"--format={kind}", "-cf", "s.tar", "hole.jpg"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        with pytest.raises(DataError, match=r"s\.tar holds hole\.jpg as a sparse file"):
+            keys(open_sources([str(tmp_path / "s.tar")], "x"))
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_tar_is_an_error_by_name(tmp_path: Path, how: str) -> None:
     path = tmp_path / "bad.tar"
