@@ -55,21 +55,19 @@ def spread(values: list[float]) -> Timing:
 
 def timed(call: Callable[[], Any], repeats: int, count: int = 1) -> Timing:
     """Seconds of one of the `count` things that `call()` does; once before it counts, for tracing and caches."""
-    call()
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+    return in_turn({"": call}, repeats, count)[""]
+
+
+def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int, count: int = 1) -> dict[str, Timing]:
+    """The same of several calls, measured in turn, so that a machine that drifts drifts for all of them."""
+    for call in calls.values():
         call()
-        taken.append((time.perf_counter() - began) / count)
-    return spread(taken)
-
-
-def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
-    """Seconds of each call, measured in turn, so that a machine that drifts drifts for all of them."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            taken[name].append(timed(call, 1).median)
+            began = time.perf_counter()
+            call()
+            taken[name].append((time.perf_counter() - began) / count)
     return {name: spread(values) for name, values in taken.items()}
 
 

@@ -483,15 +483,13 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
-    except HyperpriorError as error:
+    except (HyperpriorError, OSError) as error:
         if show_traceback:
             raise
         print(f"hyperprior: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:  # such as a name that is too long, or a full disk behind stdout
-        if show_traceback:
-            raise
-        print(f"hyperprior: {error}", file=sys.stderr)
+        if isinstance(error, HyperpriorError):
+            sys.exit(error.exit_code)
+        # Such as a full disk behind stdout, or a name that is too long.
         sys.exit(75 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

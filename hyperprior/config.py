@@ -407,14 +407,14 @@ def validate(tree: dict[str, Any], origin: str) -> Config:
 
 def describe(error: Any) -> str:
     path = [str(p) for p in error["loc"]]
-    # A union reports one error per member, with the member's name at the end of the location.
-    path = path[:1] + [p for p in path[1:] if not re.fullmatch(r"int|str|literal\[.*\]|function-.*", p)]
     if error["type"] == "extra_forbidden":
         *sections, key = path
         names = [name for name, _ in fields_of(section_at(sections))]
         close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
         hint = f"did you mean `{'.'.join([*sections, close[0]])}`?" if close else f"known here: {', '.join(names)}"
         return f"unknown key `{'.'.join(path)}`; {hint}"
+    # A union reports one error per member, with the member's name at the end of the location.
+    path = [p for p in path if not re.fullmatch(r"int|str|literal\[.*\]|function-.*", p)]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{'.'.join(path)}: {message}" if path else message

@@ -131,8 +131,10 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     sheet_rows, pictures = [], []
     for photo in (photo for photo in photos if photo.name in kept):
         row, picture = compared(photo, shown, chosen, files)
-        sheet_rows += [row] if photo in in_sheet else []
-        pictures += [picture] if photo in in_report else []
+        if photo in in_sheet:
+            sheet_rows.append(row)
+        if photo in in_report:
+            pictures.append(picture)
     sheet = plots.picture_sheet(title, sheet_rows)
     write_whole(out / "pictures.png", lambda file: sheet.save(file, "PNG"))
     write_text(out / "report.html", report.render(summary, rows, pictures))

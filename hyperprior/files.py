@@ -116,7 +116,7 @@ def run(
         for done, job in enumerate(jobs, 1):
             try:
                 try:
-                    data = opened(sys.stdin).read() if job.source == STANDARD else Path(job.source).read_bytes()
+                    data = binary(sys.stdin).read() if job.source == STANDARD else Path(job.source).read_bytes()
                 except OSError as error:
                     raise DataError(f"cannot be read: {error.strerror}") from error
                 result, found = convert(job, data)
@@ -142,8 +142,8 @@ def run(
 
 def to_stdout(data: bytes) -> None:
     try:
-        opened(sys.stdout).write(data)
-        opened(sys.stdout).flush()
+        binary(sys.stdout).write(data)
+        binary(sys.stdout).flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -231,7 +231,7 @@ def reader(model: Optional[str]) -> Callable[[bytes], Codec]:
     return of_file
 
 
-def opened(stream: Optional[TextIO]) -> BinaryIO:
+def binary(stream: Optional[TextIO]) -> BinaryIO:
     """The bytes of stdin or stdout, which Python has as None where the shell closed them."""
     if stream is None:
         raise ConfigError("standard input or output is closed; name a file")

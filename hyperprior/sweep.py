@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from hyperprior import runs
 from hyperprior.checkpoint import write_text
 from hyperprior.config import load_config
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, Stopped
+from hyperprior.runs import read_result
 from hyperprior.terminal import Terminal
 
 SEARCH_RUNS = 5
@@ -150,7 +150,7 @@ def round_lambda(value: float) -> float:
 
 
 def result(plan: Plan, lmbda: float) -> dict[str, Any]:
-    found = runs.read_result(plan.folder(lmbda))
+    found = read_result(plan.folder(lmbda))
     if not found or "bpp" not in found:
         raise ConfigError(
             f"{plan.folder(lmbda)} has no result: no images are held out; set data.test or data.test_split"

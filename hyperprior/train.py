@@ -270,7 +270,6 @@ class Trainer:
 
     def run_to_end(self) -> dict[str, Any]:
         state = self.state
-        results = self.run / "results.json"
         result = runs.read_result(self.run) if state.step and self.finished() else None
         if result and result["trained_steps"] == state.step:
             self.terminal.say(f"{self.run} is done: {state.step} steps")
@@ -287,7 +286,7 @@ class Trainer:
             except HyperpriorError as error:
                 self.report.record("ended", state.step, code=error.exit_code, reason=str(error))
                 raise
-        self.write(results.name, json.dumps(result, indent=2) + "\n")
+        self.write("results.json", json.dumps(result, indent=2) + "\n")
         return result
 
     @contextlib.contextmanager

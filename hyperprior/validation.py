@@ -23,7 +23,8 @@ EVAL_METRICS = (*TRAIN_METRICS, "ms_ssim", "ms_ssim_images", "images")
 
 
 class Evaluator:
-    """Asked to stop, it returns at the same batch on every worker; so it does where an input cannot be read."""
+    """The held-out images of a run as its model gives them. Asked to stop, or where an input cannot be read, it stops
+    at the same batch on every worker."""
 
     def __init__(self, world: World, hyperprior: model.ScaleHyperprior, settings: Config, stop: StopRequest):
         self.world, self.model, self.settings, self.stop = world, hyperprior, settings, stop
@@ -56,7 +57,7 @@ class Evaluator:
         totals = np.zeros(len(EVAL_METRICS))
         batches = stream.eval_batches(source, self.settings.data, own, batch_size, self.min_side)
         with contextlib.closing(batches):
-            while found := self.next(batches, len(own)):
+            while found := self.next_places(batches, len(own)):
                 groups = [found[i : i + each] for i in range(0, len(found), each)]
                 images = world.place([np.stack([place.image for place in group]) for group in groups])
                 weights = world.place([np.array([place.weight for place in group], np.float32) for group in groups])
@@ -70,7 +71,7 @@ class Evaluator:
                         tell(place.skip)
         return means(totals)
 
-    def next(self, batches: Iterator[list[stream.EvalImage]], count: int) -> list[stream.EvalImage]:
+    def next_places(self, batches: Iterator[list[stream.EvalImage]], count: int) -> list[stream.EvalImage]:
         """The next of `batches`, or none; where that fails blank places, in whose step all workers stop."""
         try:
             return next(batches, [])

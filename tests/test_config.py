@@ -81,6 +81,7 @@ def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("seed=0x_", '`seed` is "0x_"'),
         ("seed=1:30", '`seed` is "1:30"'),
         ("str=3", "unknown key `str`"),
+        ("train.int=3", "unknown key `train.int`"),
         ("data.train=&a [*a]", "`data.train.0` is a value that holds itself"),
         ("model.num_filters=99999999999", "less than or equal to 4096"),
         ("seed=" + 5000 * "[", "not valid YAML"),
