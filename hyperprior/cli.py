@@ -1,4 +1,4 @@
-"""The commands. No logic lives here, and nothing slow is imported until a command needs it."""
+"""The commands. This file has no logic, and imports slow modules only when a command needs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hyperprior import __version__, prefer_onednn
+from hyperprior import __version__, stack
 from hyperprior.errors import HyperpriorError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -24,17 +24,16 @@ Overrides = Annotated[
     Optional[list[str]], typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace those of CONFIG.")
 ]
 Model = Annotated[
-    Optional[str],
-    typer.Option(help="A run, what `hyperprior export` wrote, or a model in the box. Default: $HYPERPRIOR_MODEL."),
+    Optional[str], typer.Option(help="A run, an exported model, or a model in the box. Default: $HYPERPRIOR_MODEL.")
 ]
 Effort = Annotated[
     int,
-    typer.Option(min=0, metavar="ROUNDS", help="Of a search for a smaller file of the same quality; try 20. Slower."),
+    typer.Option(min=0, metavar="ROUNDS", help="Rounds of a slow search for a smaller file of equal quality; try 20."),
 ]
 Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only warnings and errors.")]
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="Tars, directories, patterns or URLs.")]
 
 
@@ -51,7 +50,7 @@ def options(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Train learned image compression with a scale hyperprior, exactly resumable.
+    """Train learned image compression with a scale hyperprior. A run can be resumed exactly.
 
     Exit codes: 0 finished, 1 a model is worse than its gate, 2 bad usage or config, 3 bad data, 4 diverged,
     75 start the same command again.
@@ -73,7 +72,7 @@ def train(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train, or resume, a run; ends with its result on held-out images.
+    """Train or resume a run, then measure it on held-out images.
 
     Example: `hyperprior train configs/quickstart.yaml train.steps=2000 --run runs/try`
     """
@@ -83,16 +82,15 @@ def train(
     settings = load_config(config, overrides or [])
     terminal = Terminal(quiet, as_json=as_json)
     folder = run or Path("runs") / config.stem
-    use_the_cpu_well(settings.train.precision)
-    from hyperprior import train as job
+    stack.use_the_cpu_well(settings.train.precision)
+    from hyperprior.training import export as exporting
+    from hyperprior.training import loop, progress
 
-    result = job.train(settings, folder, terminal)
-    if result is None:  # not the chief: the rest is its business
+    result = loop.train(settings, folder, terminal)
+    if result is None:  # only the chief exports
         return
-    from hyperprior.export import export
-
-    export(folder, None, terminal)
-    for line in job.describe_result(result, folder):
+    exporting.export(folder, None, terminal)
+    for line in progress.describe_result(result, folder):
         terminal.say(line)
     terminal.tell({"run": str(folder), **result})
 
@@ -102,36 +100,36 @@ def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder of the runs. Default: runs/NAME-OF-CONFIG-sweep.")] = None,
-    lambdas: Annotated[Optional[str], typer.Option(help="As in 0.0035,0.013,0.0483: a run each.")] = None,
+    lambdas: Annotated[Optional[str], typer.Option(help="Lambdas to train, such as 0.0035,0.013,0.0483.")] = None,
     target_bpp: Annotated[Optional[float], typer.Option(help="Find the lambda for this rate instead.", min=0)] = None,
     target_psnr: Annotated[Optional[float], typer.Option(help="Find the lambda for this PSNR in dB instead.")] = None,
     warm_start: Annotated[
         bool, typer.Option("--warm-start", help="Start each run from the weights of the one before.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each on a GPU of its own where there are any.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each on its own GPU if there are GPUs.")] = 1,
     images: Annotated[
         Optional[Path], typer.Option(help="Evaluate the models on these images, into OUT/results.")
     ] = None,
-    baselines: Annotated[str, typer.Option(help="Of that evaluation, as in `hyperprior evaluate`.")] = "all",
+    baselines: Annotated[str, typer.Option(help="Baselines of that evaluation, as in `hyperprior evaluate`.")] = "all",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train one run per lambda, or search for a lambda; then evaluate them together. Started again, it goes on.
+    """Train one run per lambda, or search for a lambda; then evaluate the runs together. Start it again to continue.
 
-    The searches judge by the run's held-out images (data.test), rates as estimated in training.
+    A search uses the result on held-out images (data.test), with rates as estimated in training.
 
     Example: `hyperprior sweep configs/quickstart.yaml --lambdas 0.0035,0.013,0.0483 --images kodak/`
     """
-    use_the_cpu_well()
-    from hyperprior import sweep as job
+    stack.use_the_cpu_well()
     from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal
+    from hyperprior.training import sweep as job
 
     if images:
-        from hyperprior.baselines import choose
+        from hyperprior.reference.baselines import choose
 
         if not images.is_dir():
-            raise ConfigError(f"--images {images} is no directory; the models are evaluated on its images")
+            raise ConfigError(f"--images {images} is no directory; give a directory of images to evaluate on")
         choose(baselines, lambda text: None)
     terminal = Terminal(quiet, as_json=as_json)
     folder = out or Path("runs") / f"{config.stem}-sweep"
@@ -147,7 +145,7 @@ def sweep(
             raise ConfigError(f"--lambdas {lambdas}: {error}; write numbers with commas between them") from error
         runs = job.sweep(plan, values, terminal)
     else:
-        runs = [job.search(plan, *next(iter(given.items())), terminal)]
+        runs = [job.search_lambda(plan, *next(iter(given.items())), terminal)]
     if images:
         evaluate(runs, images, plan.out / "results", baselines=baselines, quiet=quiet or as_json)
 
@@ -157,17 +155,17 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[
         Optional[Path],
-        typer.Option(help="The model directory, or with .npz one file with float16 weights. Default: RUN/model."),
+        typer.Option(help="The model directory, or a .npz: one file with float16 weights. Default: RUN/model."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another model in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a codec of a run's best weights. Training ends with it; do it by hand for a run that goes on.
+    """Make a codec from a run's best weights. Training does this at its end; use it for a run that is not finished.
 
     Example: `hyperprior export runs/a --out models/a`
     """
-    from hyperprior import export as job
     from hyperprior.terminal import Terminal
+    from hyperprior.training import export as job
 
     terminal = Terminal(as_json=as_json)
     terminal.tell(job.export(run, out, terminal, force))
@@ -178,12 +176,13 @@ def compress(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Images, directories, or - for stdin.")],
     model: Model = None,
     quality: Annotated[
-        Optional[int], typer.Option(help="A model in the box: 1 is smallest. Default: 3, unless a model is named.")
+        Optional[int],
+        typer.Option(help="A model in the box; 1 makes the smallest files. Default: 3, unless a model is named."),
     ] = None,
     out: Out = None,
     effort: Effort = 0,
     force: Force = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Decode too, and tell PSNR and MS-SSIM.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Also decode, and print PSNR and MS-SSIM.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -191,11 +190,11 @@ def compress(
 
     Examples: `hyperprior compress photo.jpg`, `hyperprior compress photos/ --model runs/a -o compressed/`
     """
-    from hyperprior import files, models
+    from hyperprior.codec import box, files
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else images), as_json)
-    files.compress(images, models.chosen(model, quality), out, effort, force, verify, terminal)
+    files.compress(images, box.choose(model, quality), out, effort, force, verify, terminal)
 
 
 @app.command()
@@ -206,18 +205,18 @@ def decompress(
     suffix: Annotated[str, typer.Option("--format", help="Extension of files that -o does not name.")] = ".png",
     force: Force = False,
     max_pixels: Annotated[
-        Optional[int], typer.Option(min=1, help="Refuse larger images. Default: those that `compress` refuses.")
+        Optional[int], typer.Option(min=1, help="Refuse larger images. Default: the limit of `compress`.")
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Decompress .hyp files to PNG, or another format by its extension.
 
-    Files that the models in the box wrote need no --model.
+    Files from the models in the box need no --model.
 
     Example: `hyperprior decompress compressed/ -o decoded/`
     """
-    from hyperprior import files
+    from hyperprior.codec import files
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else hyp), as_json)
@@ -228,16 +227,17 @@ def decompress(
 def info(
     path: Annotated[Path, typer.Argument(metavar="FILE.hyp|MODEL|RUN")], model: Model = None, as_json: Json = False
 ) -> None:
-    """What a file, a model or a run says of itself, and whether a model fits a file; nothing is decoded.
+    """Describe a file, a model or a run, and tell whether a model fits a file. Nothing is decoded.
 
     Example: `hyperprior info photo.hyp --model runs/a`
     """
-    from hyperprior import files
+    from hyperprior.codec import files
     from hyperprior.terminal import Terminal
+    from hyperprior.training import runs as job
 
-    terminal, found = Terminal(as_json=as_json), files.info(path, model)
-    terminal.say("\n".join(files.lines(found)))
-    terminal.tell(found)
+    terminal, facts = Terminal(as_json=as_json), job.info(path, model)
+    terminal.say("\n".join(files.lines(facts)))
+    terminal.tell(facts)
 
 
 @app.command()
@@ -251,13 +251,13 @@ def runs(
 
     Example: `hyperprior runs runs/`
     """
-    from hyperprior import runs as job
     from hyperprior.terminal import Terminal
+    from hyperprior.training import runs as job
 
-    found = [job.describe(run) for run in job.find(folders or [Path("runs")])]
+    summaries = [job.summarise(run) for run in job.find_runs(folders or [Path("runs")])]
     terminal = Terminal(as_json=as_json)
-    terminal.say(job.table(found))
-    terminal.tell(found)
+    terminal.say(job.make_table(summaries))
+    terminal.tell(summaries)
 
 
 @app.command()
@@ -270,12 +270,12 @@ def compare(
 
     Example: `hyperprior compare runs/a runs/b`
     """
-    from hyperprior import runs as job
     from hyperprior.terminal import Terminal
+    from hyperprior.training import runs as job
 
-    terminal, found = Terminal(as_json=as_json), job.compare(a, b)
-    terminal.say(job.comparison(found))
-    terminal.tell(found)
+    terminal, comparison = Terminal(as_json=as_json), job.compare(a, b)
+    terminal.say(job.make_comparison_table(comparison))
+    terminal.tell(comparison)
 
 
 @app.command()
@@ -287,15 +287,15 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """What sources hold: shards, images, sizes, formats, and everything unusable with its reason.
+    """Describe sources: shards, images, sizes, formats, and everything unusable with the reason.
 
     Example: `hyperprior inspect ILSVRC2012_img_train.tar`
     """
-    from hyperprior import pack
+    from hyperprior.data import inspect as job
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(as_json=as_json)
-    report = pack.inspect(sources, patch_size, allow_pipe, terminal)
+    report = job.inspect(sources, patch_size, allow_pipe, terminal)
     terminal.say("\n".join(report.lines()))
     terminal.tell(report.to_dict())
     if report.damaged:
@@ -313,23 +313,23 @@ def pack_command(
     min_side: Annotated[int, typer.Option(help="Leave out images with a side below this.")] = 1,
     encode: Annotated[
         Optional[str],
-        typer.Option(help="jpeg or png: re-encode every image; default: keep the bytes of images that are not scaled."),
+        typer.Option(help="jpeg or png: re-encode every image. Default: keep the bytes of images that are not scaled."),
     ] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG re-encoding.")] = 95,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of re-encoded JPEGs.")] = 95,
     allow_pipe: Annotated[
         bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write even WebDataset shards from images, tars or URLs. Started again, it goes on where it stopped.
+    """Write WebDataset shards of equal size from images, tars or URLs. Start it again to continue.
 
     Example: `hyperprior pack photos/ --out shards/ --max-side 1200`
     """
-    from hyperprior import pack
+    from hyperprior.data import pack as job
     from hyperprior.terminal import Terminal
 
-    options = pack.Options(images_per_shard, max_side, min_side, encode, quality)
-    pack.pack(sources, out, options, allow_pipe, Terminal(as_json=as_json))
+    options = job.Options(images_per_shard, max_side, min_side, encode, quality)
+    job.pack(sources, out, options, allow_pipe, Terminal(as_json=as_json))
 
 
 @app.command()
@@ -346,30 +346,30 @@ def evaluate(
     ] = "all",
     published: Annotated[
         Optional[str],
-        typer.Option(help="A CSV of published curves, or none. Default: those on Kodak, when the images are Kodak's."),
+        typer.Option(help="A CSV of published curves, or none. Default: curves on Kodak, if the images are Kodak's."),
     ] = None,
     cache: Annotated[
-        Optional[Path], typer.Option(help="Directory of kept baseline results. Default: the user's cache.")
+        Optional[Path], typer.Option(help="Directory that keeps baseline results. Default: the user's cache.")
     ] = None,
     gate: Annotated[
         Optional[Path],
-        typer.Option(help="An earlier summary.json: exit 1 if a model is worse than the one of its lambda there."),
+        typer.Option(help="An earlier summary.json: exit 1 if a model is worse than the one with its lambda there."),
     ] = None,
-    margin: Annotated[float, typer.Option(min=0, help="Of --gate: percent of the loss.")] = 0.5,
+    margin: Annotated[float, typer.Option(min=0, help="Margin of --gate, in percent of the loss.")] = 0.5,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compress and decompress images with models and baselines; compare, plot and show the results.
 
     Writes report.html, images.csv, summary.json, summary.md, rd_psnr and rd_ms_ssim (.png, .svg), and pictures.png.
-    Models that share a metric are one curve: four or more lambdas give BD-rates.
+    Models with the same metric form one curve. Four or more lambdas give BD-rates.
 
     Example: `hyperprior evaluate runs/a runs/b runs/c runs/d --images kodak/ --out results/`
     """
     from hyperprior.terminal import Terminal
 
-    use_the_cpu_well()
-    from hyperprior import evaluate as job
+    stack.use_the_cpu_well()
+    from hyperprior.evaluation import evaluate as job
 
     options = job.Options(effort, baselines, published, cache, gate, margin)
     job.evaluate(models, images, out, options, Terminal(quiet, as_json=as_json))
@@ -378,48 +378,48 @@ def evaluate(
 @app.command()
 def bench(
     config: ConfigFile,
-    what: Annotated[
+    words: Annotated[
         Optional[list[str]],
         typer.Argument(metavar="[step|input|train|start|codec|all] [SECTION.KEY=VALUE]", help="Default: all parts."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Write the figures as JSON.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
+    out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this file, as JSON.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Measure training step, input, loop and codec, as ratios to what this machine can do.
+    """Measure training step, input, loop and codec, relative to the limits of this machine.
 
     Example: `hyperprior bench configs/imagenet_mse.yaml step train.batch_size=8`
     """
     from hyperprior.config import load_config
     from hyperprior.errors import ConfigError
 
-    parts = [word for word in what or [] if "=" not in word] or ["all"]
+    parts = [word for word in words or [] if "=" not in word] or ["all"]
     for word in parts:
         if word not in ("step", "input", "train", "start", "codec", "all"):
-            raise ConfigError(f"`{word}` cannot be measured; step, input, train, start, codec and all can")
-    settings = load_config(config, [word for word in what or [] if "=" in word])
-    use_the_cpu_well(settings.train.precision)
-    from hyperprior import bench as job
-    from hyperprior import checkpoint
+            raise ConfigError(f"`{word}` cannot be measured; choose step, input, train, start, codec or all")
+    settings = load_config(config, [word for word in words or [] if "=" in word])
+    stack.use_the_cpu_well(settings.train.precision)
+    from hyperprior import storage
+    from hyperprior.machine import bench as job
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(as_json=as_json)
-    found = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, terminal)
-    terminal.tell(found)
+    figures = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, terminal)
+    terminal.tell(figures)
     if out:
-        checkpoint.write_text(out, json.dumps(found, indent=2) + "\n")
+        storage.write_text(out, json.dumps(figures, indent=2) + "\n")
 
 
 @app.command()
 def doctor(
     config: Annotated[
-        Optional[Path], typer.Argument(metavar="[CONFIG]", help="Also judge its sources and needs.")
+        Optional[Path], typer.Argument(metavar="[CONFIG]", help="Also check its sources and needs.")
     ] = None,
     overrides: Overrides = None,
-    run: Annotated[Path, typer.Option(help="Where runs go.")] = Path("runs"),
+    run: Annotated[Path, typer.Option(help="Directory of the runs.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Tell what this machine is to a run: GPUs and why not, memory, disk, sources, what will bind.
+    """Check this machine: GPUs and why they are not used, memory, disk, sources, and the bottleneck.
 
     Example: `hyperprior doctor configs/imagenet_mse.yaml`
     """
@@ -427,17 +427,17 @@ def doctor(
     from hyperprior.terminal import Terminal
 
     settings = load_config(config, overrides or []) if config else None
-    from hyperprior import doctor as job
+    from hyperprior.machine import doctor as job
 
-    terminal, found = Terminal(as_json=as_json), job.examine(settings, run)
-    for finding in found:
+    terminal, findings = Terminal(as_json=as_json), job.examine(settings, run)
+    for finding in findings:
         terminal.say(finding.line())
-    terminal.tell(job.to_dict(found))
+    terminal.tell(job.to_dict(findings))
 
 
 @app.command(name="config")
 def config_command(
-    config: Annotated[Optional[Path], typer.Argument(metavar="[CONFIG]", help="Default: the defaults.")] = None,
+    config: Annotated[Optional[Path], typer.Argument(metavar="[CONFIG]", help="Default: the default values.")] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema for editors instead.")] = False,
 ) -> None:
@@ -448,38 +448,20 @@ def config_command(
     from hyperprior import config as settings
 
     if schema:
-        print(json.dumps(settings.schema(), indent=2))
+        print(json.dumps(settings.json_schema(), indent=2))
     else:
         print(settings.render(settings.load_config(config, overrides or [])), end="")
 
 
-def use_the_cpu_well(precision: str = "float32") -> None:
-    """Starts this process anew with an allocator that keeps freed tensors, then imports TensorFlow with oneDNN on.
-
-    glibc reads these settings only when a process starts; training steps take 0.8 of the time with them on
-    the CPU, where freed tensors are faulted in again otherwise. Memory use is that of the largest step either way.
-    """
-    settings = {
-        "MALLOC_MMAP_THRESHOLD_": str(2**34),
-        "MALLOC_TRIM_THRESHOLD_": str(2**34),
-        "MALLOC_TOP_PAD_": str(2**28),
-    }
-    if sys.platform == "linux" and not settings.keys() & os.environ.keys():
-        again = getattr(sys, "orig_argv", ["python", "-m", "hyperprior", *sys.argv[1:]])  # since Python 3.10
-        os.execve(sys.executable, [sys.executable, *again[1:]], {**os.environ, **settings})
-    if precision == "float32":  # on a CPU without AVX-512 oneDNN does not know the others
-        prefer_onednn()
-
-
 def main() -> None:
-    """Runs a command; an error meant for the user becomes one line and its exit code."""
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding does not
+    """Runs a command. Prints an error meant for the user as one line, and exits with its code."""
+    for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack characters of file names
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # TensorFlow's errors reach Python as exceptions; what else it prints at start is noise.
+    # TensorFlow's errors reach Python as exceptions. Its other messages at the start are noise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else what is half written would stay
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the default would leave half-written files
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
@@ -489,7 +471,7 @@ def main() -> None:
         print(f"hyperprior: {error}", file=sys.stderr)
         if isinstance(error, HyperpriorError):
             sys.exit(error.exit_code)
-        # Such as a full disk behind stdout, or a name that is too long.
+        # For example, a full disk behind stdout, or a file name that is too long.
         sys.exit(75 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,19 +1,19 @@
-"""What can go wrong, as types: each carries the exit code that launch scripts and job templates rely on.
+"""The errors that the package raises. Launch scripts and job templates rely on the exit code of each type.
 
 HyperpriorError
-├── GateError      1   a model is worse than the result it was to match
-├── ConfigError    2   bad usage, bad config, a run directory that does not fit
-├── DataError      3   a source or image that is missing, damaged, empty or too bad to train on
-│   └── BitstreamError a compressed file that is damaged, or of another model or release
-├── DivergedError  4   a loss or gradient that is not finite
-└── Stopped       75   stopped resumably (EX_TEMPFAIL): start the same command again
-    ├── LostWorker     another worker is gone, and the work cannot go on without it
-    └── StorageError   the disk refused a write; the last complete checkpoint is intact
+├── GateError      1   a model is worse than the stored result
+├── ConfigError    2   bad usage, bad config, or a run directory that does not fit the config
+├── DataError      3   a source or image is missing, damaged or empty, or has too many bad samples
+│   └── BitstreamError a compressed file is damaged, or another model or release wrote it
+├── DivergedError  4   a loss or gradient is not finite
+└── Stopped       75   the run stopped and can resume (EX_TEMPFAIL): start the same command again
+    ├── LostWorker     another worker is gone, and the run cannot continue without it
+    └── StorageError   a file cannot be written; the last complete checkpoint is intact
 """
 
 
 class HyperpriorError(Exception):
-    """Base of every error meant for the user: one line that names the thing, the value and the remedy."""
+    """Base of every error for the user. Its text is one line that names the thing, the value and the remedy."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class ConfigError(HyperpriorError):
 
 
 class DataError(HyperpriorError):
-    """A data source cannot be used as it is."""
+    """A data source cannot be used."""
 
     exit_code = 3
 
@@ -39,25 +39,25 @@ class BitstreamError(DataError):
 
 
 class DivergedError(HyperpriorError):
-    """The loss or a gradient became infinite or NaN; weights and checkpoints are from before that step."""
+    """The loss or a gradient became infinite or NaN. Weights and checkpoints are from before that step."""
 
     exit_code = 4
 
 
 class Stopped(HyperpriorError):
-    """The run stopped before its end and continues when the same command is started again."""
+    """The run stopped before its end. It continues when the same command is started again."""
 
     exit_code = 75
 
 
 class LostWorker(Stopped):
-    """Another worker ended or stopped answering; what was saved is intact."""
+    """Another worker ended or stopped answering. Saved files are intact."""
 
 
 class StorageError(Stopped):
-    """Something could not be written; what was complete before is still there."""
+    """A file could not be written. Files that were complete before are intact."""
 
 
-def error_type(name: str) -> type[HyperpriorError]:
-    """The error type of that name, which another worker told."""
+def find_error_type(name: str) -> type[HyperpriorError]:
+    """The error type of this name. Another worker sent the name."""
     return globals()[name]

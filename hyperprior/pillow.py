@@ -1,9 +1,10 @@
 """`import hyperprior.pillow` teaches Pillow the `.hyp` format.
 
-    Image.open("photo.hyp")                 the size from the header; decoded when pixels are asked for
-    image.save("photo.hyp", model="MODEL")  a name such as q3, a model, a run, or a Codec; pixels as `compress` takes
+    Image.open("photo.hyp")                 reads the header, and decodes the pixels when they are used
+    image.save("photo.hyp", model="MODEL")  MODEL: a name such as q3, a model, a run, or a Codec
 
-Without `model` both use the one that the environment variable HYPERPRIOR_MODEL names, else the models in the box.
+Without `model`, `save` uses the model that HYPERPRIOR_MODEL names, else the default model in the box. `open` uses the
+model in the box that wrote the file, else HYPERPRIOR_MODEL. `save` converts pixels as `hyperprior compress` does.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import IO, Any, Optional
 
 from PIL import Image, ImageFile
 
-from hyperprior import container, files, images, load, models
+from hyperprior import images
+from hyperprior.codec import box, container, files, load
 from hyperprior.errors import DataError
 
-cached = functools.lru_cache(maxsize=8)(load)
+load_cached = functools.lru_cache(maxsize=8)(load)
 
 
-@functools.lru_cache(maxsize=8)
-def reader(model: Optional[str]) -> Callable[[bytes], Any]:
-    return files.reader(model)
+@functools.lru_cache
+def get_codec_finder() -> Callable[[bytes], Any]:
+    """f(file) → the codec that reads it."""
+    return files.make_codec_finder(None)
 
 
 class HypImageFile(ImageFile.ImageFile):
@@ -36,19 +39,19 @@ class HypImageFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         if self._data is not None:
-            self.im = Image.fromarray(reader(None)(self._data).decompress(self._data)).im
+            self.im = Image.fromarray(get_codec_finder()(self._data).decompress(self._data)).im
             self._data = None
         return super().load()
 
 
 def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     model, quality = (image.encoderinfo.get(name) for name in ("model", "quality"))
-    codec: Any = model if hasattr(model, "compress") else cached(models.chosen(model and str(model), quality))
+    codec: Any = model if hasattr(model, "compress") else load_cached(box.choose(model and str(model), quality))
     try:
         pixels = images.to_rgb(image)
     except images.Unusable as error:
         raise DataError(str(error)) from error
-    pixels = images.upright(pixels, images.orientation_of(image))
+    pixels = images.turn_upright(pixels, images.read_orientation(image))
     file.write(codec.compress(pixels, int(image.encoderinfo.get("effort", 0))))
 
 

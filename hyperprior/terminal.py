@@ -1,4 +1,4 @@
-"""What commands say: a progress bar on a terminal, plain lines elsewhere, one-line errors, or JSON."""
+"""The output of commands: a progress bar on a terminal, plain lines elsewhere, one-line errors, or JSON."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-WIDE = 140  # characters: from here on a bar and the time taken fit too
+WIDE = 140  # characters; from this width on, a bar and the elapsed time also fit
 
 
 class Terminal:
-    """`say` for what happens, `warn` for what may be wrong, `track` for what takes long.
+    """`say` prints a line, `warn` prints a warning, and `track` shows the progress of slow work.
 
-    With `as_json` all that is printed is what `tell` gets, and warnings.
+    With `as_json` only warnings and the argument of `tell` are printed.
     """
 
     def __init__(self, quiet: bool = False, to_stderr: bool = False, as_json: bool = False):
@@ -30,24 +30,24 @@ class Terminal:
     def say(self, text: str | Table) -> None:
         self.console.print(text, markup=False)
 
-    def tell(self, found: Any) -> None:
-        """What a command found, for programs; once for each command."""
+    def tell(self, result: Any) -> None:
+        """Prints the result of a command as JSON, for programs. A command calls this once."""
         if self.as_json:
-            print(json.dumps(found, indent=2), file=sys.stderr if self.to_stderr else sys.stdout)
+            print(json.dumps(result, indent=2), file=sys.stderr if self.to_stderr else sys.stdout)
 
     def warn(self, text: str) -> None:
         self.errors.print(f"warning: {text}", style="yellow", markup=False)
 
     @contextlib.contextmanager
     def track(self, label: str, total: int, done: int = 0) -> Iterator[Track]:
-        """A progress display; where there is no terminal only `Track.line` shows."""
+        """Shows a progress display. Without a terminal only `Track.line` prints."""
         if not self.console.is_terminal:
             yield Track(self, None, total)
             return
         wide = self.console.width >= WIDE
         columns = (
             TextColumn("{task.description}"),
-            *([BarColumn()] if wide else []),  # step and time left come first
+            *([BarColumn()] if wide else []),  # in a narrow terminal the step and the remaining time are more useful
             MofNCompleteColumn(),
             *([TimeElapsedColumn()] if wide else []),
             TimeRemainingColumn(),
@@ -66,18 +66,18 @@ class Track:
         if self.bar:
             progress, task = self.bar
             width = self.terminal.console.width
-            room = width - (84 if width >= WIDE else 40)  # what the columns before the note take
-            progress.update(task, completed=done, **({} if note is None else {"note": shortened(note, room)}))
+            room = width - (84 if width >= WIDE else 40)  # the columns before the note take 84 or 40
+            progress.update(task, completed=done, **({} if note is None else {"note": shorten_note(note, room)}))
 
     def line(self, done: int, note: str) -> None:
-        """A note beside the bar, or a line of its own where there is no bar."""
+        """Shows a note beside the bar, or prints it as a line if there is no bar."""
         self.update(done, note)
         if not self.bar:
             self.terminal.say(f"{done}/{self.total}  {note}")
 
 
-def shortened(note: str, room: int) -> str:
-    """As many of its parts, two spaces apart, as fit, but at least the first."""
+def shorten_note(note: str, room: int) -> str:
+    """The first parts of the note that fit into `room` characters, at least one. Two spaces separate the parts."""
     parts = note.split("  ")
     while len(parts) > 1 and len("  ".join(parts)) > room:
         parts.pop()

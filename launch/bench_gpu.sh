@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The training step on this machine's GPUs with and without TF32, mixed precision and XLA: one JSON for each, in DIR.
+# Measures the training step on this machine's GPUs with and without TF32, mixed precision and XLA. Each combination
+# gives one JSON file in DIR.
 #
 #   ./launch/bench_gpu.sh CONFIG DIR [SECTION.KEY=VALUE ...]
 #

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains the models in the box (hyperprior/models), exports them with float16 weights and measures them on IMAGES.
-# First at the highest lambda on small patches, many images a step; then, on patches large enough to have an inside,
-# each lambda from the one above it.
+# Trains the models in the box (hyperprior/codec/box), exports them with float16 weights and measures them on IMAGES.
+# The first run uses the highest lambda and small patches, so that a step sees many images. Then each lambda starts from
+# the next higher one, on larger patches: small ones consist mostly of borders for h_a and h_s (configs/README.md).
 #
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
 #
-# Started again it goes on. STEPS=13000 of the first run, TUNE=4000 of each of the others.
-# HYPERPRIOR names an installed command to use; without it .venv is made.
+# Started again, it continues. STEPS is the length of the first run (13000), TUNE that of each other run (4000).
+# HYPERPRIOR names an installed command; without it the script makes .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -27,9 +27,9 @@ train start 0.0483 "$steps" train.start_from=null data.patch_size=128 train.batc
 before=start quality=5
 for lmbda in 0.0483 0.025 0.013 0.0067 0.0035; do
     train "lambda-$lmbda" "$lmbda" "$tune" "train.start_from=runs/box/$before" "$@"
-    "$hyperprior" export "runs/box/lambda-$lmbda" --out "hyperprior/models/q$quality.npz" --force
+    "$hyperprior" export "runs/box/lambda-$lmbda" --out "hyperprior/codec/box/q$quality.npz" --force
     before="lambda-$lmbda" quality=$((quality - 1))
 done
 "$hyperprior" evaluate q1 q2 q3 q4 q5 --images "$images" --out runs/box/results
 "$hyperprior" evaluate q1 q2 q3 q4 q5 --images "$images" --out runs/box/gate --baselines none --published none
-cp runs/box/gate/summary.json hyperprior/models/kodak.json
+cp runs/box/gate/summary.json hyperprior/codec/box/kodak.json

@@ -1,6 +1,7 @@
-# Sourced by the other scripts: makes .venv with a Python that TensorFlow 2.14 runs on, and installs the
-# project into it with the extras named as arguments. Does nothing where that is done already.
+# The other scripts source this file.
 
+# Makes .venv with a Python that TensorFlow 2.14 supports, and installs the project into it with the extra $1. Does
+# nothing if this is done already.
 make_environment() {
     local extras="$1" stamp python candidate
     stamp=".venv/installed-$extras-$(cksum < pyproject.toml | cut -d' ' -f1)"
@@ -8,7 +9,7 @@ make_environment() {
     if [ ! -x .venv/bin/python ]; then
         python=""
         for candidate in "${PYTHON:-}" python3.11 python3.10 python3.9 python3 python; do
-            [ -n "$candidate" ] || continue
+            if [ -z "$candidate" ]; then continue; fi
             if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' \
                 > /dev/null 2>&1; then
                 python="$candidate"
@@ -17,12 +18,12 @@ make_environment() {
         done
         if [ -z "$python" ]; then
             cat >&2 <<'MESSAGE'
-No Python 3.9, 3.10 or 3.11 with its venv module was found; TensorFlow 2.14 runs on no other. Ways to get one:
+No Python 3.9, 3.10 or 3.11 with its venv module was found; TensorFlow 2.14 needs one of them. Ways to get it:
   Debian 12, Ubuntu 22.04   apt-get install python3 python3-venv
   conda                     conda create -n hyperprior python=3.11 && conda activate hyperprior
   uv                        uv python install 3.11
   macOS                     brew install python@3.11
-Then start this script again, with PYTHON=/path/to/python3.11 if it is not on the PATH.
+Then start this script again. Add PYTHON=/path/to/python3.11 if that Python is not on the PATH.
 MESSAGE
             exit 2
         fi
@@ -34,7 +35,7 @@ MESSAGE
     touch "$stamp"
 }
 
-# Sets `hyperprior` to the command that trains here: $HYPERPRIOR where that names one, else that of .venv.
+# Sets `hyperprior` to the command: $HYPERPRIOR if it is set, else the command in .venv.
 find_hyperprior() {
     hyperprior="${HYPERPRIOR:-}"
     if [ -z "$hyperprior" ]; then

@@ -3,7 +3,7 @@
 #
 #   ./launch/local.sh CONFIG [SECTION.KEY=VALUE ...] [--run DIR]
 #
-# HYPERPRIOR names an installed command to use; without it .venv is made.
+# HYPERPRIOR names an installed command; without it the script makes .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's curve of one metric: eight models at the published lambdas, then all of them evaluated on IMAGES.
+# Trains the paper's curve for one metric, eight models at the published lambdas, and evaluates them on IMAGES.
 #
 #   ./launch/paper.sh mse|ms-ssim IMAGES [--jobs GPUS] [SECTION.KEY=VALUE ...]
 #
-# N=128, M=192 for the five lower rates, N=192, M=320 for the three higher; 2,000,000 steps each, into
-# runs/paper-METRIC. Started again it goes on. Not measured: it takes GPU-weeks.
-# HYPERPRIOR names an installed command to use; without it .venv is made.
+# The five lower rates use N=128, M=192, the three higher rates N=192, M=320. Each takes 2,000,000 steps. The models go
+# into runs/paper-METRIC. Started again, it continues. Not measured, because it takes GPU-weeks.
+# HYPERPRIOR names an installed command; without it the script makes .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained model in minutes: makes .venv, packs the photographs that ship inside scikit-image
-# into tar shards, and trains a small model on them. Started again, it resumes, or says that it is done.
+# Trains a small model in minutes. It makes .venv, packs the photographs that ship with scikit-image into tar shards,
+# and trains on them. Started again, it resumes, or says that it is done.
 #
 #   ./launch/quickstart.sh [SECTION.KEY=VALUE ...]
 set -euo pipefail

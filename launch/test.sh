@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv and runs the linters and the tests. Arguments go to pytest:
 #
-#   ./launch/test.sh              the default suite, minutes
-#   ./launch/test.sh -m ''        everything, also what is marked slow
+#   ./launch/test.sh              the default suite, which takes minutes
+#   ./launch/test.sh -m ''        all tests, including those marked slow
 #
 # HYPERPRIOR_SAMPLES names a folder with imagenet_train_sample.tar and imagenet_val_sample.tar in ImageNet's
-# own layout, and kodak/ with the Kodak images; the tests that want real photographs say that they are skipped
-# where it is not set.
+# layout, and kodak/ with the Kodak images. If it is not set, the tests that need real photographs are skipped
+# and say so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine, one GPU each, or a share of the cores where there are no GPUs. When one
-# of them dies or they stop resumably (exit code 75) all are started again together.
+# Trains with N processes on this machine. Each has one GPU, or a share of the cores if there are no GPUs. If one dies
+# or they stop resumably (exit code 75), all are started again together.
 #
 #   ./launch/workers.sh [--max-restarts R] [--max-pause S] N CONFIG [SECTION.KEY=VALUE ...] [--run DIR]
 #
-# At most R restarts, 10 by default, after pauses of 1, 2, 4 … at most S = 30 seconds. SIGTERM and Ctrl-C stop all
-# of them with a checkpoint; the exit code is then 75.
-# HYPERPRIOR names an installed command to use; without it .venv is made.
+# There are at most R restarts (10 by default), after pauses of 1, 2, 4 … seconds, at most S (30 by default). SIGTERM
+# and Ctrl-C stop all processes with a checkpoint; the exit code is then 75.
+# HYPERPRIOR names an installed command; without it the script makes .venv.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -29,10 +29,10 @@ count="$1"
 shift
 find_hyperprior || exit
 
-settle=60 # seconds that the others get to end by themselves after one did
+settle=60 # seconds that the other workers have to end by themselves after one failed
 gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l)"
 if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$count" ]; then
-    echo "$0: $count workers need a GPU each, this machine has $gpus; CUDA_VISIBLE_DEVICES= trains on the CPU" >&2
+    echo "$0: $count workers need one GPU each, this machine has $gpus; CUDA_VISIBLE_DEVICES= trains on the CPU" >&2
     exit 2
 fi
 threads=$(($(nproc) / count))
@@ -69,7 +69,7 @@ print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$co
     done
 }
 
-# Waits for all; `verdict` is then the code to end with, or 75 where all should be started again.
+# Waits for all workers. `verdict` is then the exit code, or 75 if all should be started again.
 wait_all() {
     local code pid deadline="" left=("${pids[@]}")
     verdict=0
@@ -84,9 +84,9 @@ wait_all() {
             code=$?
             if [ "$code" -ne 0 ] && [ -z "$deadline" ]; then deadline=$((SECONDS + settle)); fi
             if [ "$code" -gt 0 ] && [ "$code" -lt 75 ]; then
-                verdict="$code" # 1 to 4: starting again would not help
+                verdict="$code" # 1 to 4: a restart would not help
             elif [ "$code" -ne 0 ] && [ "$verdict" -eq 0 ]; then
-                verdict=75 # asked to stop, or killed
+                verdict=75 # it was asked to stop, or killed
             fi
         done
         left=(${still[@]+"${still[@]}"})

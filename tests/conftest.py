@@ -61,7 +61,7 @@ def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
 
 @contextlib.contextmanager
 def browser_tab(**options: Any) -> Iterator[tuple[Any, list[str]]]:
-    """A page in Chromium, and what its console and scripts complain of."""
+    """A page in Chromium, and the errors and warnings of its console and scripts."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium")
@@ -69,11 +69,11 @@ def browser_tab(**options: Any) -> Iterator[tuple[Any, list[str]]]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(**options)
-        wrong: list[str] = []
-        tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on("dialog", lambda dialog: wrong.append(dialog.message))
-        yield tab, wrong
+        errors: list[str] = []
+        tab.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("dialog", lambda dialog: errors.append(dialog.message))
+        yield tab, errors
         browser.close()
 
 
@@ -111,7 +111,7 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def hyperprior(tmp_path: Path) -> Command:
-    """Runs the command in a process of its own, in the test's directory; in a `fresh` one, with another environment."""
+    """Runs the command in a forked process, in the test's directory. `fresh` or `env`: in a new process instead."""
 
     def call(
         *arguments: object, check: int | None = 0, fresh: bool = False, env: dict[str, str] | None = None

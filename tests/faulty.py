@@ -1,9 +1,9 @@
-"""`hyperprior`, with a fault or a probe put into it: FAULT=VALUE... COMMAND ARGUMENTS...
+"""Runs `hyperprior` with faults or probes: FAULT=VALUE... COMMAND ARGUMENTS...
 
-keys=FOLDER     writes the sample keys of every step that was trained on to FOLDER/worker-N.txt
-nan=STEP,...    worker 1's noise, and so its loss and gradients, is NaN at these steps
-clock=SECONDS   each look at the clock jumps that far forth, then back
-slow=SECONDS    each chunk of steps takes that much longer
+keys=FOLDER     writes the sample keys of every training step to FOLDER/worker-N.txt
+nan=STEP,...    the noise of worker 1 is NaN at these steps, and so are its loss and gradients
+clock=SECONDS   every second reading of the clock is this much later
+slow=SECONDS    each chunk of steps takes this much longer
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ WORKER = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("inde
 
 
 def keys(folder: str) -> None:
-    from hyperprior import train
+    from hyperprior.training import loop
 
-    original = train.Trainer.train_chunk
+    original = loop.Trainer.train_chunk
 
-    def train_chunk(self: train.Trainer, chunk: train.Chunk, track: Any) -> bool:
+    def train_chunk(self: loop.Trainer, chunk: loop.Chunk, track: Any) -> bool:
         begin = self.state.step
         stopped = original(self, chunk, track)
         with Path(folder, f"worker-{WORKER}.txt").open("a") as file:
@@ -32,42 +32,42 @@ def keys(folder: str) -> None:
                 file.write(f"{step} {json.dumps(batch.keys)}\n")
         return stopped
 
-    train.Trainer.train_chunk = train_chunk  # type: ignore[method-assign]
+    loop.Trainer.train_chunk = train_chunk  # type: ignore[method-assign]
 
 
 def nan(steps: str) -> None:
     import tensorflow as tf
 
-    from hyperprior import model
+    from hyperprior.model import priors
 
-    original = model.uniform_noise
+    original = priors.uniform_noise
 
     def uniform_noise(shape: Any, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:
         now = tf.reduce_any([step == int(bad) for bad in steps.split(",")])
         return tf.where(now & (WORKER == 1), float("nan"), original(shape, seed, step, lanes))
 
-    model.uniform_noise = uniform_noise
+    priors.uniform_noise = uniform_noise
 
 
 def clock(seconds: str) -> None:
-    original, looks = time.time, itertools.count()
-    time.time = lambda: original() + next(looks) % 2 * float(seconds)  # type: ignore[assignment]
+    original, readings = time.time, itertools.count()
+    time.time = lambda: original() + next(readings) % 2 * float(seconds)  # type: ignore[assignment]
 
 
 def slow(seconds: str) -> None:
-    from hyperprior import train
+    from hyperprior.training import loop
 
-    original = train.Trainer.train_chunk
+    original = loop.Trainer.train_chunk
 
-    def train_chunk(self: train.Trainer, chunk: train.Chunk, track: Any) -> bool:
+    def train_chunk(self: loop.Trainer, chunk: loop.Chunk, track: Any) -> bool:
         time.sleep(float(seconds))
         return original(self, chunk, track)
 
-    train.Trainer.train_chunk = train_chunk  # type: ignore[method-assign]
+    loop.Trainer.train_chunk = train_chunk  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    from hyperprior import cli
+    from hyperprior import cli, stack
 
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     rest = list(itertools.dropwhile(lambda argument: "=" in argument, sys.argv[1:]))
@@ -75,5 +75,5 @@ if __name__ == "__main__":
         name, _, value = fault.partition("=")
         globals()[name](value)
     sys.argv[1:] = rest
-    cli.use_the_cpu_well = lambda *precision: None
+    stack.use_the_cpu_well = lambda *precision: None
     cli.main()

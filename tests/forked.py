@@ -1,6 +1,6 @@
-"""The command in a process forked from one that has imported TensorFlow, which is half of what a short run takes.
+"""Runs the command in a process that is forked after TensorFlow's import, which takes half the time of a short run.
 
-The import starts nothing of TensorFlow's, so what is forked is what a fresh process would be after it.
+The import starts no part of TensorFlow, so the forked process is like a fresh process after the import.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import pytest
 SECONDS = 300
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"  # read once, at the import
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["hyperprior.train", "hyperprior.export", "hyperprior.evaluate"])
+SERVER.set_forkserver_preload(
+    ["hyperprior.training.loop", "hyperprior.training.export", "hyperprior.evaluation.evaluate"]
+)
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run` gives of `hyperprior ARGUMENTS` in `folder`."""
+    """Runs `hyperprior ARGUMENTS` in `folder`. The result is like that of `subprocess.run`."""
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as error:
         process = SERVER.Process(target=command, args=(arguments, folder, dict(os.environ), out.name, error.name))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(ONEDNN, "1")  # for the server, which the first process starts
+            patch.setenv(ONEDNN, "1")  # for the server, which starts with the first process
             process.start()
         process.join(SECONDS)
         if process.exitcode is None:
@@ -39,7 +41,7 @@ def command(arguments: list[str], folder: Path, environment: dict[str, str], out
         os.dup2(os.open(name, os.O_WRONLY), stream)
     os.chdir(folder)
     os.environ.clear()
-    # Without this the command would start itself anew, for the allocator's settings.
+    # Without this the command would restart itself to set the allocator.
     os.environ.update(environment, MALLOC_TOP_PAD_=str(2**28))
     sys.argv = ["hyperprior", *arguments]
     from hyperprior import cli

@@ -1,7 +1,7 @@
-"""Hostile `.hyp` files. `python tests/fuzz.py MODEL IMAGE COUNT` decodes COUNT of them and prints what came out.
+"""Damaged `.hyp` files. `python tests/fuzz.py MODEL IMAGE COUNT` decodes COUNT of them and prints the outcomes.
 
-Files are damaged as disks, networks and attackers do; half of them get the CRC-32 that their bytes ask for, so
-that the decoder itself is reached. It runs under a limit of memory, and each file under one of time.
+Files are damaged as disks, networks and attackers damage them. Half of them get the CRC-32 of their new bytes, so that
+the decoder itself is tested. Each file has a limit of time, and the growth of memory is printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 class Mutant(NamedTuple):
     kind: str
-    sealed: bool  # its CRC-32 was computed anew
+    sealed: bool  # it has the CRC-32 of its new bytes
     data: bytes
 
 
@@ -47,7 +47,7 @@ def mutants(files: Sequence[bytes], count: int, seed: int) -> Iterator[Mutant]:
             other = rng.choice(files)
             data[place:] = other[place:]
         sealed = bool(number % 2) and len(data) >= 33
-        if sealed and kind in ("bytes", "cut", "grown", "random", "splice"):  # lengths that fit, too
+        if sealed and kind in ("bytes", "cut", "grown", "random", "splice"):  # these need correct lengths, too
             escapes = min(struct.unpack_from("<I", data, 21)[0], (len(data) - 33) // 2)
             data[17:25] = struct.pack("<II", len(data) - 33 - 2 * escapes, escapes)
         if sealed:
@@ -87,7 +87,7 @@ def main(model: str, image: str, count: int) -> None:
             outcome = re.split("[:;]", str(error))[0]
             outcome = re.sub(r"\d+x\d+", "NxN", re.sub("model .*|version .*", "another one", outcome))
         slowest = max(slowest, time.perf_counter() - began)
-        outcomes["CRC anew" if mutant.sealed else "as is", outcome] += 1
+        outcomes["new CRC" if mutant.sealed else "as is", outcome] += 1
     signal.alarm(0)
     for (sealed, outcome), times in sorted(outcomes.items()):
         print(f"{sealed:9} {outcome:50} {times:6}")

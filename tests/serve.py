@@ -1,4 +1,4 @@
-"""Decodes `.hyp` files with a SavedModel, where `hyperprior` cannot be imported: SAVED_MODEL FILE... OUT.npz."""
+"""Decodes `.hyp` files with a SavedModel, without `hyperprior`: SAVED_MODEL FILE... OUT.npz."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ else:
 folder, *paths, out = sys.argv[1:]
 model = tf.saved_model.load(folder)
 compress, decompress = model.signatures["compress"], model.signatures["decompress"]
-found = {}
+results = {}
 for path in map(Path, paths):
     pixels = decompress(file=tf.constant(path.read_bytes()))["image"].numpy()
-    found[f"{path.name} pixels"] = pixels
-    found[f"{path.name} again"] = np.frombuffer(compress(image=tf.constant(pixels))["file"].numpy(), np.uint8)
+    results[f"{path.name} pixels"] = pixels
+    results[f"{path.name} again"] = np.frombuffer(compress(image=tf.constant(pixels))["file"].numpy(), np.uint8)
 damaged = bytearray(Path(paths[0]).read_bytes())
 damaged[40] ^= 1
 try:
     decompress(file=tf.constant(bytes(damaged)))
 except tf.errors.InvalidArgumentError as error:
-    found["error"] = np.array(str(error))
-np.savez(out, **found)
+    results["error"] = np.array(str(error))
+np.savez(out, **results)

@@ -1,4 +1,4 @@
-"""The command as a person meets it: quick help, one-line errors, and the right exit code."""
+"""The command line: fast help, one-line errors, and the right exit codes."""
 
 from __future__ import annotations
 
@@ -39,32 +39,32 @@ def test_help_and_config_errors_do_not_import_tensorflow(tmp_path: Path) -> None
         )
 
 
-def test_every_command_explains_itself_with_an_example(hyperprior: Command) -> None:
+def test_every_command_has_help_with_an_example(hyperprior: Command) -> None:
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
     assert {"train", "pack", "config"} <= set(names)
     for name in names:
         shown = hyperprior(name, "--help").stdout
         assert "Example" in shown and f"hyperprior {name} " in shown, name
-        assert "--json" in shown or name == "config", name  # which prints YAML
+        assert "--json" in shown or name == "config", name  # `config` prints YAML
         assert "\x1b" not in shown
 
 
 def on_a_terminal(folder: Path, *arguments: str, **environment: str) -> str:
-    """What the command shows on a terminal of its own."""
+    """Runs the command on a pseudo-terminal, and returns its output."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "hyperprior", *arguments]
     variables = {**os.environ, "TERM": "xterm", **environment}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=variables, cwd=folder) as process:
         os.close(theirs)
         shown = b""
-        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # raised at its end
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # raised at the end
             while data := terminal.read(1 << 16):
                 shown += data
     assert process.returncode == 0, shown
     return shown.decode()
 
 
-def test_colour_only_on_a_terminal_and_never_with_no_color(hyperprior: Command, tmp_path: Path) -> None:
+def test_colour_appears_only_on_a_terminal_and_never_with_no_color(hyperprior: Command, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     photo(1).save(tmp_path / "photos" / "good.png")
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -99,7 +99,7 @@ def test_shells_complete_commands_and_options() -> None:
     assert completed("hyperprior ev") == ["evaluate"]
     assert "--lambdas" in completed("hyperprior sweep --l")
     command = Path(sys.executable).with_name("hyperprior")
-    asked = f"{command} --show-completion; exit $?"  # it looks for the shell that started it
+    asked = f"{command} --show-completion; exit $?"  # the command looks for the shell that started it
     shown = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout
     assert "complete -o default -F _hyperprior_completion" in shown
 
@@ -110,7 +110,7 @@ def test_shells_complete_commands_and_options() -> None:
         (["train.batch_size=0"], 2, "`train.batch_size` is 0"),
         (["data.train=[]"], 3, "data.train names no source"),
         (["data.train=[missing.tar]"], 3, "data.train: missing.tar cannot be read: No such file"),
-        (["data.train=[notes.txt]"], 2, "notes.txt is no tar, image or directory"),
+        (["data.train=[notes.txt]"], 2, "notes.txt is not a tar, image or directory"),
         (["data.train=['pipe:cat flat.tar']"], 2, "would run a shell command; set data.allow_pipe=true"),
         (["data.train=[cut.tar]"], 3, "cut.tar is damaged"),
         (["data.train=[text.tar]"], 3, "holds no image"),
@@ -147,7 +147,7 @@ def test_debug_shows_the_traceback(hyperprior: Command, empty_config: Path) -> N
     assert "Traceback" in hyperprior("--debug", "train", empty_config, check=1).stderr
 
 
-def test_config_prints_what_a_run_would_use(hyperprior: Command, empty_config: Path, tmp_path: Path) -> None:
+def test_config_prints_the_config_of_a_run(hyperprior: Command, empty_config: Path, tmp_path: Path) -> None:
     output = hyperprior("config", empty_config, "loss.lambda=0.025").stdout
     (tmp_path / "printed.yaml").write_text(output)
     assert hyperprior("config", "printed.yaml").stdout == output
@@ -176,8 +176,8 @@ def test_inspect_names_everything_unusable(hyperprior: Command, tmp_path: Path) 
     assert "1 shards" in result.stdout and "d.tar is damaged" in result.stdout
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file to the GC
-def test_pack_writes_even_shards_that_webdataset_reads(hyperprior: Command, tmp_path: Path, nested_tar: Path) -> None:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset does not close its file
+def test_pack_writes_equal_shards_that_webdataset_reads(hyperprior: Command, tmp_path: Path, nested_tar: Path) -> None:
     (tmp_path / "dir").mkdir()
     for name, image in (("a.b.png", photo(50, 300, 200)), ("a_b.jpg", photo(51)), ("ü" * 120 + ".bmp", photo(52))):
         image.save(tmp_path / "dir" / name)
@@ -187,9 +187,9 @@ def test_pack_writes_even_shards_that_webdataset_reads(hyperprior: Command, tmp_
     import webdataset
 
     shards = sorted(map(str, (tmp_path / "out").glob("*.tar")))
-    found = list(webdataset.WebDataset(shards, shardshuffle=False))
-    assert len(found) == 24 == len({s["__key__"] for s in found})
-    kept = {s["__key__"]: s for s in found}
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert len(samples) == 24 == len({s["__key__"] for s in samples})
+    kept = {s["__key__"]: s for s in samples}
     assert kept["n0_000"]["jpg"] == photos(1)[0][1]  # bytes that need no change are kept
     with tarfile.open(shards[2]) as tar:
         assert len(tar.getmembers()) == 4
@@ -198,7 +198,7 @@ def test_pack_writes_even_shards_that_webdataset_reads(hyperprior: Command, tmp_
     assert images.decode(kept["a_b"]["png"]).shape == (100, 150, 3)
 
 
-def test_pack_goes_on_where_it_stopped_and_refuses_another_plan(
+def test_pack_continues_where_it_stopped_and_refuses_other_options(
     hyperprior: Command, tmp_path: Path, flat_tar: Path
 ) -> None:
     arguments = ["pack", flat_tar, "--out", "out", "--images-per-shard", "5"]

@@ -1,4 +1,4 @@
-"""The config says what is wrong before anything starts, and never means something else than it says."""
+"""A wrong config is an error before anything starts. YAML values mean what a reader expects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperprior.config import Config, differences, load_config, render, schema
+from hyperprior.config import Config, differences, json_schema, load_config, render
 from hyperprior.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -19,7 +19,7 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_the_keys_fixed_by_the_documentation_are_read(tmp_path: Path) -> None:
+def test_the_documented_keys_are_read(tmp_path: Path) -> None:
     c = load_config(
         write(
             tmp_path,
@@ -42,7 +42,7 @@ train: {batch_size: 16, steps: 2000000, learning_rate: 1.0e-4}
     assert c.data.splits() == (0.0, 0.0)  # a validation source is given, so nothing is taken from train
 
 
-def test_yaml_means_what_people_mean(tmp_path: Path) -> None:
+def test_yaml_values_mean_what_a_reader_expects(tmp_path: Path) -> None:
     c = load_config(write(tmp_path, "train: {learning_rate: 1e-4, steps: 2e6}\n"), [])
     assert c.train.learning_rate == 1e-4 and c.train.steps == 2_000_000
     c = load_config(write(tmp_path, "data: {allow_pipe: off, train: [on, no, 2026-01-01]}\ntrain: {xla: true}\n"), [])
@@ -55,7 +55,7 @@ def test_yaml_means_what_people_mean(tmp_path: Path) -> None:
 
 
 def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`seed` stands on line 1 and again on line 3"):
+    with pytest.raises(ConfigError, match=r"`seed` is on line 1 and again on line 3"):
         load_config(write(tmp_path, "seed: 1\nloss: {}\nseed: 2\n"), [])
 
 
@@ -82,7 +82,7 @@ def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("seed=1:30", '`seed` is "1:30"'),
         ("str=3", "unknown key `str`"),
         ("train.int=3", "unknown key `train.int`"),
-        ("data.train=&a [*a]", "`data.train.0` is a value that holds itself"),
+        ("data.train=&a [*a]", "`data.train.0` is a value that contains itself"),
         ("model.num_filters=99999999999", "less than or equal to 4096"),
         ("seed=" + 5000 * "[", "not valid YAML"),
         ("train.validate_every=-5.0", "an interval is a number of steps"),
@@ -90,7 +90,7 @@ def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("train.steps=true", "steps is true; a number or text is expected"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_allowed(override: str, message: str, tmp_path: Path) -> None:
+def test_an_error_names_the_bad_value_and_the_allowed_values(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, "seed: 1\n"), [override])
     assert message in str(error.value)
@@ -104,13 +104,13 @@ def test_merge_keys_work(tmp_path: Path) -> None:
     assert (c.train.steps, c.train.ema) == (7, 0.5)
 
 
-def test_ms_ssim_refuses_patches_it_cannot_measure() -> None:
+def test_ms_ssim_refuses_patches_that_it_cannot_measure() -> None:
     with pytest.raises(ConfigError, match="patch_size is 128.*161"):
         load_config(None, ["loss.metric=ms-ssim", "data.patch_size=128"])
     load_config(None, ["loss.metric=ms-ssim", "data.patch_size=192"])
 
 
-def test_length_is_steps_or_epochs_and_the_override_wins(tmp_path: Path) -> None:
+def test_the_length_is_in_steps_or_epochs_and_the_override_wins(tmp_path: Path) -> None:
     assert load_config(None, []).train.epochs == 100
     path = write(tmp_path, "train: {epochs: 3}\n")
     assert load_config(path, ["train.steps=10"]).train.epochs is None
@@ -119,25 +119,25 @@ def test_length_is_steps_or_epochs_and_the_override_wins(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", ["7", "'7 steps'", "1 step"])
-def test_intervals_in_steps(value: str) -> None:
+def test_an_interval_may_be_text_in_steps(value: str) -> None:
     assert load_config(None, [f"train.validate_every={value}"]).train.validate_every in (1, 7)
 
 
-def test_what_is_printed_reads_back_as_the_same_config(tmp_path: Path) -> None:
+def test_a_rendered_config_reads_back_as_the_same_config(tmp_path: Path) -> None:
     c = load_config(None, ["data.train=[a b.tar, 'ü:{0..3}.tar']", "train.checkpoint_every=2 epochs", "train.ema=0.99"])
     text = render(c)
     assert load_config(write(tmp_path, text), []) == c
-    # every key is explained
+    # every key has a comment
     assert all("#" in line for line in text.splitlines() if line.strip())
 
 
-def test_the_schema_knows_every_key() -> None:
-    tree = schema()
+def test_the_json_schema_has_every_key() -> None:
+    tree = json_schema()
     assert set(tree["properties"]) == set(Config.model_fields)
     assert "lambda" in json.dumps(tree["$defs"]["Loss"]["properties"])
 
 
-def test_differences_tell_what_may_change() -> None:
+def test_differences_say_which_keys_may_change() -> None:
     rows = list(differences(load_config(None, []), load_config(None, ["train.steps=5", "loss.lambda=1", "seed=1"])))
     assert {(key, may) for key, _, _, may in rows} == {
         ("train.steps", True),

@@ -1,4 +1,4 @@
-"""What an image file means: every kind becomes 8-bit RGB, and a defective one says so."""
+"""Every kind of image file becomes 8-bit RGB. A defective file raises an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from conftest import encoded, photo
 from PIL import Image
 
 from hyperprior import images
-from hyperprior.images import Place, TooSmall, Unusable, centre_crop, cut_patches, decode, jpeg_size
+from hyperprior.data.patches import Place, crop_centre, cut_patches
+from hyperprior.images import TooSmall, Unusable, decode, read_jpeg_size
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -46,35 +47,35 @@ def test_grayscale_palette_and_one_bit_become_rgb() -> None:
 def test_sixteen_bits_are_scaled_to_eight() -> None:
     ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     for kind in ("PNG", "TIFF"):
-        found = decode(encoded(Image.fromarray(ramp), kind))
-        assert np.array_equal(found[..., 0], np.floor(ramp / 65535 * 255 + 0.5).astype(np.uint8)), kind
-        assert np.array_equal(found[..., 0], found[..., 2])
+        decoded = decode(encoded(Image.fromarray(ramp), kind))
+        assert np.array_equal(decoded[..., 0], np.floor(ramp / 65535 * 255 + 0.5).astype(np.uint8)), kind
+        assert np.array_equal(decoded[..., 0], decoded[..., 2])
 
 
 def test_gray_levels_beyond_sixteen_bits_are_refused() -> None:
     for level in (65536, -1):
         with pytest.raises(images.Unusable, match="at most 16 bits can be scaled"):
-            images.photograph(encoded(Image.fromarray(np.full((8, 8), level, np.int32)), "TIFF"))
+            images.decode_photo(encoded(Image.fromarray(np.full((8, 8), level, np.int32)), "TIFF"))
 
 
 def test_transparency_is_flattened_onto_white() -> None:
     image = photo(4).convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize(image.size))
-    found = decode(encoded(image, "PNG"))
-    assert (found[0] > 250).all()  # wholly transparent at the top
-    assert np.abs(found[-1].astype(int) - pixels(photo(4))[-1].astype(int)).max() <= 1
+    decoded = decode(encoded(image, "PNG"))
+    assert (decoded[0] > 250).all()  # the top row is fully transparent
+    assert np.abs(decoded[-1].astype(int) - pixels(photo(4))[-1].astype(int)).max() <= 1
     palette = photo(4).convert("P")
     data = encoded(palette, "PNG", transparency=int(np.asarray(palette)[0, 0]))
     assert (decode(data)[0, 0] == 255).all()
 
 
-def test_a_patch_is_that_part_of_the_image_and_places_wrap() -> None:
+def test_a_patch_is_a_part_of_the_image_and_places_wrap() -> None:
     data = encoded(photo(5), "PNG")
     whole = pixels(photo(5))
     patches = cut_patches(data, 64, [Place(0, 0), Place(16, 32), Place(17, 33), Place(10**9, 10**9)])
     assert patches.shape == (4, 64, 64, 3)
     assert np.array_equal(patches[1], whole[16:, 32:])
-    assert np.array_equal(patches[2], whole[:64, :64])  # 17 and 33 positions: one more starts over
+    assert np.array_equal(patches[2], whole[:64, :64])  # the 17 x 33 positions wrap
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -82,23 +83,23 @@ def test_a_patch_may_be_scaled_down_and_mirrored(kind: str) -> None:
     image = photo(5, 200, 160)
     data = encoded(image, kind)
     whole = decode(data)
-    for count in (1, 2):  # of a JPEG one patch is decoded by itself
+    for count in (1, 2):  # a single patch of a JPEG is decoded without the rest
         half = cut_patches(data, 64, [Place(7, 9, 0.5)] * count)[-1]
         expected = Image.fromarray(whole[7:135, 9:137]).resize((64, 64), Image.Resampling.LANCZOS)
         assert np.abs(half.astype(int) - pixels(expected)).max() <= 2
         mirrored = cut_patches(data, 64, [Place(7, 9, 0.5, flip=True)] * count)[-1]
         assert np.array_equal(mirrored, half[:, ::-1])
-        least = cut_patches(data, 64, [Place(7, 9, 0.1)] * count)[-1]  # the whole height, no more
+        least = cut_patches(data, 64, [Place(7, 9, 0.1)] * count)[-1]  # the window is not larger than the height
         assert least.shape == (64, 64, 3)
         expected = Image.fromarray(whole[:, 9 : 9 + 160]).resize((64, 64), Image.Resampling.LANCZOS)
         assert np.abs(least.astype(int) - pixels(expected)).max() <= 2
 
 
 def test_the_centre_crop_is_in_the_middle() -> None:
-    assert np.array_equal(centre_crop(encoded(photo(6), "PNG"), 64), pixels(photo(6))[8:72, 16:80])
+    assert np.array_equal(crop_centre(encoded(photo(6), "PNG"), 64), pixels(photo(6))[8:72, 16:80])
 
 
-def test_small_images_are_too_small_or_enlarged() -> None:
+def test_small_images_are_refused_or_enlarged() -> None:
     for kind in ("PNG", "JPEG"):
         data = encoded(photo(7, 50, 90), kind)
         with pytest.raises(TooSmall, match="50x90 is smaller than 64x64"):
@@ -124,24 +125,24 @@ def test_a_jpeg_with_bytes_after_its_end_is_good() -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"\xff\xd8\xff", b"hello", b"\x89PNG\r\n\x1a\n", b"GIF89a" + b"\0" * 50, b"\xff" * 99]
 )
-def test_what_is_no_image_is_unusable(data: bytes) -> None:
+def test_bytes_that_are_no_image_are_unusable(data: bytes) -> None:
     with pytest.raises(Unusable):
         decode(data)
 
 
-def test_absurd_dimensions_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_large_dimensions_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg = bytearray(encoded(photo(1)))
     at = jpeg.index(b"\xff\xc0")
-    jpeg[at + 5 : at + 9] = b"\xff\xff\xff\xff"
-    with pytest.raises(Unusable, match="65535x65535"):
-        jpeg_size(bytes(jpeg))
+    jpeg[at + 5 : at + 9] = b"\xff\xdc\xff\xdc"  # the maximum of libjpeg
+    with pytest.raises(Unusable, match="65500x65500"):
+        read_jpeg_size(bytes(jpeg))
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(Unusable, match="96x80 pixels"):
         decode(encoded(photo(1), "PNG"))
 
 
 def test_real_photographs_decode_as_pillow_does(samples: Path) -> None:
-    from hyperprior.shards import open_sources
+    from hyperprior.data.shards import open_sources
 
     (shard,) = open_sources([str(samples / "imagenet_val_sample.tar")], "x")
     for sample in list(shard.samples())[:20]:

@@ -1,4 +1,4 @@
-"""Every `hyperprior` command of the README runs, in the order in which a reader would type them."""
+"""Every `hyperprior` command of the README runs, in the order of the README."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import yaml
 from conftest import Command, encoded, photo, tar_bytes
 from PIL import Image
 
-from hyperprior import models
+from hyperprior.codec import box
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-# What other tests start, and what makes the installation that all tests run in.
+# Commands that other tests run, and commands that make the installation of the tests.
 ELSEWHERE = ("python3.11", "pip", "sbatch", "kubectl")
 
 
@@ -33,7 +33,7 @@ def commands() -> list[list[str]]:
 
 
 def stand_in(name: str) -> str:
-    """A config of the README that takes seconds: a few steps on small patches, a small model where it starts anew."""
+    """A config of the README that takes seconds: few steps, small patches, and a small model without start_from."""
     tree: dict[str, Any] = yaml.safe_load((ROOT / "configs" / name).read_text())
     side = 192 if tree["loss"].get("metric") == "ms-ssim" else 64
     tree["data"] |= {"patch_size": side, "eval_crop": 192, "train": ["data/ILSVRC2012_img_train.tar"]}
@@ -80,33 +80,30 @@ def test_the_commands_of_the_readme_work_in_their_order(
     image = np.asarray(Image.open("photo.jpg"))
     for block in blocks("python"):
         names: dict[str, Any] = {"image": image}
-        exec(block, names)  # on what the reader would have
+        exec(block, names)  # with the files that the commands made
         assert names["image"].shape == image.shape and len(names["data"]) < image.nbytes
 
 
 @pytest.mark.slow
 def test_docstrings_become_pages(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pdoc", "hyperprior", "-o", tmp_path], check=True, cwd=ROOT)
-    pages = {path.stem: path.read_text() for path in (tmp_path / "hyperprior").glob("*.html")}
-    assert {"codec", "model", "train", "stream"} <= pages.keys()
+    pages = {path.stem: path.read_text() for path in (tmp_path / "hyperprior").glob("**/*.html")}
+    assert {"codec", "hyperprior", "loop", "stream"} <= pages.keys()
     assert "A whole <code>.hyp</code> file of an [H, W, 3] uint8 image" in pages["codec"]
 
 
-def test_what_the_readme_names_is_there() -> None:
-    for path in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README):
-        assert (ROOT / path).exists(), path
-    tree = README[README.index("A file imports only from those above it") :]
-    listed = re.findall(r"^  (\w+)\.py ", tree, re.MULTILINE)
-    assert set(listed) == {path.stem for path in (ROOT / "hyperprior").glob("*.py")} - {"__init__", "__main__"}
-    for place, name in enumerate(listed):
-        text = (ROOT / "hyperprior" / f"{name}.py").read_text()
-        used = re.findall(r"^ *from hyperprior import (.*)", text, re.MULTILINE)
-        names = {word.split()[0] for line in used for word in line.split(", ")}
-        names |= set(re.findall(r"^ *from hyperprior\.(\w+) import", text, re.MULTILINE))
-        assert names & set(listed[place:]) <= {name}, f"{name} imports from below: {names & set(listed[place:])}"
+@pytest.mark.parametrize("page", ["README.md", "hyperprior/README.md", "launch/README.md", "configs/README.md"])
+def test_every_link_and_file_of_a_page_exists(page: str) -> None:
+    path = ROOT / page
+    text = path.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        assert (path.parent / link).exists(), link
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "hyperprior" / name).exists(), name
 
 
 def test_the_config_for_photographs_fits_the_model_it_starts_from() -> None:
     tree = yaml.safe_load((ROOT / "configs" / "photos.yaml").read_text())
-    found = models.describe(tree["train"]["start_from"])
-    assert tree["model"] == {key: found[key] for key in tree["model"]} and tree["loss"]["lambda"] == found["lambda"]
+    described = box.read_description(tree["train"]["start_from"])
+    assert tree["model"] == {key: described[key] for key in tree["model"]}
+    assert tree["loss"]["lambda"] == described["lambda"]

@@ -1,0 +1,41 @@
+"""A trained model as a codec: images to `.hyp` files and back, with equal symbols on every machine.
+
+Read in this order:
+
+    container   the file, byte by byte, and the checks of its bytes
+    exact       h_s in integer arithmetic, and the proof of its bound
+    tables      range-coding tables, made once at export
+    symbols     integers ↔ range-coded strings, with the tables
+    tiles       images of any size, cut into tiles and strips
+    engine      a model's transforms as TensorFlow graphs
+    codec       images ↔ latents ↔ bytes
+    search      the encoder's search for latents that cost less
+    serving     the codec as a SavedModel
+    box         the search for a model by its name, and the models that ship with the package
+    files       the commands on files: compress, decompress, info
+
+This package knows the model, but not its training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperprior import stack
+
+if TYPE_CHECKING:
+    from hyperprior.codec.codec import Codec
+
+
+def load(path: str | Path) -> Codec:
+    """The codec of a model: one in the box (q1, q2, …), one that `hyperprior export` wrote, or that of an exported run.
+
+    `codec.compress(image)` returns the bytes of a `.hyp` file for an [H, W, 3] uint8 image;
+    `codec.decompress(data)` returns the image. Raises errors.ConfigError if there is no such model, and
+    errors.DataError if the model is damaged.
+    """
+    stack.prefer_onednn()
+    from hyperprior.codec import codec  # TensorFlow takes seconds to import
+
+    return codec.load(path)

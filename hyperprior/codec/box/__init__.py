@@ -1,0 +1,74 @@
+"""The search for a model: one in the box, a file or directory that `export` wrote, or the model of a run.
+
+The models in the box are q1, q2, … by rising quality. They are in this directory; README.md is their model card.
+This module does not need TensorFlow.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from hyperprior.errors import ConfigError, DataError
+
+FORMAT = "model 1"
+WEIGHTS = "model.npz"  # in a model directory
+BOX = Path(__file__).parent
+DEFAULT_QUALITY = 3
+
+
+@functools.lru_cache
+def in_the_box() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(BOX.glob("q*.npz"))}
+
+
+def find(model: str | Path) -> Path:
+    """The .npz of a model: a name such as q3, a file, a model directory, or a run. Raises ConfigError."""
+    path = Path(model)
+    if str(model) in in_the_box() and not path.exists():
+        return in_the_box()[str(model)]
+    for candidate in (path, path / WEIGHTS, path / "model" / WEIGHTS):
+        if candidate.is_file():
+            return candidate
+    if (path / "checkpoints").is_dir():
+        raise ConfigError(f"{path} holds no exported model; `hyperprior export {path}` makes one")
+    known = f", or one of {', '.join(in_the_box())}" if in_the_box() else ""
+    raise ConfigError(f"{path} is no model: give a run, a model that `hyperprior export RUN` wrote{known}")
+
+
+def choose(model: Optional[str], quality: Optional[int] = None) -> str:
+    """The model of --model or --quality, else of HYPERPRIOR_MODEL, else the default. Raises ConfigError."""
+    if model and quality is not None:
+        raise ConfigError(f"--model {model} and --quality {quality} are both given; keep one")
+    if quality is None and (named := model or os.environ.get("HYPERPRIOR_MODEL")):
+        return named
+    name = f"q{DEFAULT_QUALITY if quality is None else quality}"
+    if name not in in_the_box():
+        raise ConfigError(f"--quality {quality} is not in the box; {', '.join(in_the_box())} are (q1: --quality 1)")
+    return name
+
+
+def find_by_fingerprint(fingerprint: str) -> Optional[str]:
+    """The name of the model in the box with this fingerprint, or None."""
+    return next((name for name in in_the_box() if read_description(name)["fingerprint"] == fingerprint), None)
+
+
+def read_description(model: str | Path) -> dict[str, Any]:
+    """The notes of export: fingerprint, format, dimensions, lambda, step, cost of exactness.
+
+    Raises ConfigError if there is no such model, and DataError if the model is damaged.
+    """
+    path = find(model)
+    try:
+        with np.load(path, allow_pickle=False) as archive:  # reads only the entry `state`
+            description = json.loads(archive["state"].tobytes())
+        own = {"fingerprint": description["fingerprint"], "format": description["format"]}
+        return {**own, **description["config"]["model"], **description["config"]["loss"], **description["info"]}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged: {error}; export the model again") from error

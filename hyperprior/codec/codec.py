@@ -1,0 +1,219 @@
+"""An exported model as a codec: images to self-describing bytes and back.
+
+The symbols of a file depend only on integers and tables (`exact`, `tables`), so every machine decodes the symbols that
+were encoded. Pixels come from a float transform, and may differ by one level between machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperprior import config, storage
+from hyperprior.codec import box, container, exact
+from hyperprior.codec.engine import INT16, TensorFlowEngine
+from hyperprior.codec.symbols import Decoder, Encoder
+from hyperprior.codec.tables import Tables
+from hyperprior.codec.tiles import (
+    G_A_MARGIN,
+    G_S_MARGIN,
+    H_A_MARGIN,
+    H_S_MARGIN,
+    SEARCH_MARGIN,
+    TILE,
+    Y_PIXELS,
+    Z_ELEMENTS,
+    Span,
+    blocks,
+    cut_pixels,
+    group_by_size,
+    strips,
+    tiles,
+)
+from hyperprior.config import DOWNSAMPLING
+from hyperprior.errors import BitstreamError, ConfigError, DataError
+from hyperprior.storage import Arrays, TrainedWeights
+
+
+class Codec:
+    """A model that compresses and decompresses.
+
+    `fingerprint`: 16 hexadecimal digits, in every file that it writes; `config`: of the run that trained it;
+    `info`: the notes of export (step, weights, version, cost of exactness).
+    """
+
+    def __init__(self, arrays: Arrays, settings: config.Config, info: dict[str, Any], origin: str):
+        self.config, self.info, self.origin = settings, info, origin
+        self.fingerprint = storage.fingerprint(arrays)
+        weights = dict(arrays)
+        layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(3)]
+        self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
+        self.engine = TensorFlowEngine(weights, layers, weights.pop("z_offsets"), settings, origin)
+        num_scales = settings.model.num_scales
+        self.z_index = np.arange(num_scales, num_scales + settings.model.hyper_channels, dtype=np.int32)
+
+    def trained(self) -> TrainedWeights:
+        """The weights, as the start of another run. Those of h_s have the precision of its integers."""
+        return TrainedWeights(self.engine.weights(), self.config, self.info["step"])
+
+    def compress(self, image: np.ndarray, effort: int = 0) -> bytes:
+        """A whole `.hyp` file of an [H, W, 3] uint8 image, sides 1 to 65,535. Raises DataError.
+
+        `effort`: rounds of `search` for cheaper latents; `check_effort` raises ConfigError for it.
+        """
+        return self.compress_batch([image], effort)[0]
+
+    def compress_batch(self, images: Sequence[np.ndarray], effort: int = 0) -> list[bytes]:
+        """The files of several images. Small images of one size are faster together."""
+        self.check_effort(effort)
+        images = [np.asarray(image) for image in images]
+        for image in images:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise DataError(f"an image must be [H, W, 3] uint8; found {list(image.shape)} {image.dtype}")
+            container.check_size(*image.shape[:2])
+        files: list[bytes] = [b""] * len(images)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        for group in group_by_size(sizes):
+            y, z = self.latents_of([images[i] for i in group])
+            if effort:
+                for place, i in enumerate(group):
+                    self.improve(y[place : place + 1], z[place : place + 1], images[i], effort)
+            for i, stream in zip(group, self.encode(y, z, [sizes[i] for i in group])):
+                files[i] = container.write(stream)
+        return files
+
+    def decompress(self, data: bytes, max_pixels: int = container.MAX_PIXELS) -> np.ndarray:
+        """The [H, W, 3] uint8 image of a `.hyp` file that this model wrote. Raises BitstreamError."""
+        return self.decompress_batch([data], max_pixels)[0]
+
+    def decompress_batch(self, files: Sequence[bytes], max_pixels: int = container.MAX_PIXELS) -> list[np.ndarray]:
+        """The images of several files. Raises BitstreamError if one of them cannot be decoded."""
+        streams = [self.read(data, max_pixels) for data in files]
+        images: list[np.ndarray] = [np.empty(0)] * len(files)
+        sizes = [(stream.height, stream.width) for stream in streams]
+        for group in group_by_size(sizes):
+            y, _ = self.decode([streams[i] for i in group])
+            for i, image in zip(group, self.pixels_of(y, [sizes[i] for i in group])):
+                images[i] = image
+        return images
+
+    def check_effort(self, effort: int) -> None:
+        """Raises ConfigError for an effort below 0, and for one above 0 if the model was not trained for MSE."""
+        if effort < 0:
+            raise ConfigError(f"effort is {effort}; it must be a number of rounds, 0 or more")
+        if effort and self.config.loss.metric != "mse":
+            raise ConfigError(
+                f"effort is {effort}, a search for smaller squared errors; {self.origin} was trained for "
+                f"{self.config.loss.metric}: set effort to 0"
+            )
+
+    def read(self, data: bytes, max_pixels: int = container.MAX_PIXELS) -> container.Stream:
+        """The checked contents of a file. Raises BitstreamError, also for a file of another model."""
+        stream = container.read(bytes(data), max_pixels)
+        if stream.fingerprint.hex() != self.fingerprint:
+            raise BitstreamError(
+                f"written with model {stream.fingerprint.hex()}; {self.origin} is model {self.fingerprint}: "
+                f"use the model that wrote it"
+            )
+        return stream
+
+    def latents(self, data: bytes) -> np.ndarray:
+        """ŷ of a file: [H/16, W/16, M] int16 (H, W rounded up to multiples of 64). Raises BitstreamError."""
+        return self.decode([self.read(data)])[0][0]
+
+    def estimated_bits(self, data: bytes) -> float:
+        """−log2 p of a file's latents under the model's own densities: y and z together. Raises BitstreamError."""
+        y, z = self.decode([self.read(data)])
+        total = self.engine.bits_of_z(z)
+        for rows in strips(z.shape, H_S_MARGIN):
+            sums = self.engine.index_sums(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
+            total += self.engine.bits_of_y(y[:, rows.target(Z_ELEMENTS)], sums)
+        return total
+
+    # The steps of compression and decompression: images ↔ latents ↔ strings -------------------------------
+
+    def latents_of(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """ŷ [B, h, w, M] float32 and the integers of ẑ [B, h/4, w/4, C] of images with one padded size."""
+        rows_of_z, columns_of_z = (blocks(side) for side in images[0].shape[:2])
+        model = self.config.model
+        y_shape = (len(images), rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, model.latent_channels)
+        y = np.empty(y_shape, np.float32)
+        for rows, columns in tiles(y.shape, TILE, G_A_MARGIN):
+            tile = self.engine.analyse(np.stack([cut_pixels(image, rows, columns) for image in images])).numpy()
+            y[:, rows.target(), columns.target()] = tile[:, rows.inside(), columns.inside()]
+        z = np.empty((len(images), rows_of_z, columns_of_z, model.hyper_channels), np.int32)
+        for rows in strips(z.shape, H_A_MARGIN):
+            strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)]).numpy()
+            z[:, rows.target()] = strip[:, rows.inside()]
+        return np.clip(np.rint(y, out=y), INT16.min, INT16.max, out=y), z
+
+    def improve(self, y: np.ndarray, z: np.ndarray, image: np.ndarray, effort: int) -> None:
+        """Changes `y` [1, h, w, M] to cheaper latents, tile by tile. A tile sees the changes of earlier tiles."""
+        for rows, columns in tiles(z.shape, TILE // Z_ELEMENTS, SEARCH_MARGIN):
+            sums = self.engine.index_sums(z[:, rows.source(), columns.source()])
+            scales = exact.scales(sums, self.config.model)
+            place = (slice(None), rows.source(Z_ELEMENTS), columns.source(Z_ELEMENTS))
+            x = cut_pixels(image, *(Span(*(Z_ELEMENTS * edge for edge in span)) for span in (rows, columns)))
+            real = np.zeros((1, *x.shape[:2], 1), np.float32)
+            height, width = (side - s.begin * DOWNSAMPLING for side, s in zip(image.shape, (rows, columns)))
+            real[:, :height, :width] = 1.0
+            inside = np.zeros((1, *y[place].shape[1:3], 1), np.float32)
+            inside[:, rows.inside(Z_ELEMENTS), columns.inside(Z_ELEMENTS)] = 1.0
+            y[place] = self.engine.search(y[place], scales, x[None] / np.float32(255.0), real, inside, effort)
+
+    def encode(self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[container.Stream]:
+        """The streams of latents; `sizes`: (height, width) of each image."""
+        encoder = Encoder(self.tables, sizes)
+        encoder.put(z, np.broadcast_to(self.z_index, z.shape))
+        for rows in strips(z.shape, H_S_MARGIN):
+            index = self.engine.indexes(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
+            encoder.put(y[:, rows.target(Z_ELEMENTS)], index)
+        return encoder.finish(bytes.fromhex(self.fingerprint))
+
+    def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
+        """ŷ [B, h, w, M] int16 and the integers of ẑ of streams with one padded size. Raises BitstreamError."""
+        decoder = Decoder(self.tables, streams)
+        count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
+        z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
+        y_shape = (count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, self.config.model.latent_channels)
+        y = np.empty(y_shape, np.int16)
+        for rows in strips(z.shape, H_S_MARGIN):
+            index = self.engine.indexes(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
+            y[:, rows.target(Z_ELEMENTS)] = decoder.take(index)
+        decoder.finish()
+        return y, z
+
+    def pixels_of(self, y: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The images of ŷ [B, h, w, M], each cropped to its (height, width)."""
+        images = [np.empty((height, width, 3), np.uint8) for height, width in sizes]
+        for rows, columns in tiles(y.shape, TILE, G_S_MARGIN):
+            tile = self.engine.synthesise(y[:, rows.source(), columns.source()].astype(np.float32)).numpy()
+            for image, pixels in zip(images, tile[:, rows.inside(Y_PIXELS), columns.inside(Y_PIXELS)]):
+                place = image[rows.target(Y_PIXELS), columns.target(Y_PIXELS)]
+                place[:] = pixels[: place.shape[0], : place.shape[1]]
+        return images
+
+
+def load(path: str | Path) -> Codec:
+    """The codec of the model that `box.find` finds.
+
+    Raises ConfigError if there is no such model, and DataError if the model is damaged.
+    """
+    file = box.find(path)
+    origin = str(file.parent if file.name == box.WEIGHTS else file)
+    try:
+        arrays, state = storage.load_arrays(file, box.FORMAT)
+        codec = Codec(arrays, config.validate(state["config"], origin), state["info"], origin)
+    except ValueError as error:
+        raise DataError(f"model {error}; export it again") from error
+    except KeyError as error:
+        raise DataError(f"model {origin} is damaged: it has no {error}; export it again") from error
+    if codec.fingerprint != state["fingerprint"]:
+        raise DataError(
+            f"model {origin} is damaged: its weights and tables have fingerprint {codec.fingerprint}, its "
+            f"description says {state['fingerprint']}; export it again"
+        )
+    return codec

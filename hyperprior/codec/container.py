@@ -1,0 +1,95 @@
+"""The `.hyp` file. All its bytes are checked here, before the range decoder reads them.
+
+offset  size  little-endian
+     0     4  magic, 89 48 59 50
+     4     1  format version, 1
+     5     8  fingerprint of the model: the start of the SHA-256 of its weights and tables
+    13     2  height in pixels
+    15     2  width in pixels
+    17     4  length C of the range-coded string
+    21     4  number E of escapes
+    25     4  checksum of the size and the symbols, see `checksum`
+    29     C  range-coded symbols: ẑ, then ŷ, each by row, column, channel
+29 + C    2E  escapes, int16: the values outside their tables, in coding order
+           4  CRC-32 of all bytes before it
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from hyperprior.errors import BitstreamError, DataError
+from hyperprior.images import MAX_PIXELS as MAX_PIXELS
+
+MAGIC, VERSION = b"\x89HYP", 1
+HEADER = struct.Struct("<4sB8sHHIII")
+OVERHEAD = HEADER.size + 4  # bytes that are not payload
+MAX_SIDE = 65_535
+
+
+class Stream(NamedTuple):
+    """One compressed image. `fingerprint`: 8 bytes; `escapes`: [E] int16; `checksum`: see `checksum`."""
+
+    fingerprint: bytes
+    height: int
+    width: int
+    coded: bytes
+    escapes: np.ndarray
+    checksum: int
+
+
+def write(stream: Stream) -> bytes:
+    counts = len(stream.coded), len(stream.escapes)
+    header = HEADER.pack(MAGIC, VERSION, stream.fingerprint, stream.height, stream.width, *counts, stream.checksum)
+    body = header + stream.coded + stream.escapes.astype("<i2").tobytes()
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def read(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
+    """The stream in a file's bytes. Raises BitstreamError that names the defect."""
+    if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
+        raise BitstreamError(f"not a .hyp file: it starts with {data[:4].hex(' ') or 'nothing'}")
+    if len(data) > len(MAGIC) and data[len(MAGIC)] != VERSION:
+        raise BitstreamError(
+            f"format version {data[len(MAGIC)]}; this release reads version {VERSION}: use the release that wrote it"
+        )
+    if len(data) < OVERHEAD:
+        raise BitstreamError(f"cut off: {len(data)} bytes, fewer than the {OVERHEAD} of an empty file; copy it again")
+    _, _, fingerprint, height, width, coded, escapes, checksum = HEADER.unpack_from(data)
+    expected = OVERHEAD + coded + 2 * escapes
+    if len(data) != expected:
+        defect = "cut off" if len(data) < expected else "bytes follow its end"
+        raise BitstreamError(f"{defect}: {len(data)} bytes; its header says {expected}; copy it again")
+    if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise BitstreamError("damaged: its bytes do not match their CRC-32; copy it again")
+    if not height or not width:
+        raise BitstreamError(f"an image of {width}x{height} pixels; each side must be at least 1")
+    if height * width > max_pixels:
+        raise BitstreamError(f"an image of {width}x{height} pixels; at most {max_pixels:,} are decoded (--max-pixels)")
+    at = HEADER.size + coded
+    return Stream(fingerprint, height, width, data[HEADER.size : at], np.frombuffer(data, "<i2", escapes, at), checksum)
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises DataError for an image that the header cannot describe."""
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise DataError(f"an image of {width}x{height} pixels; each side must be 1 to {MAX_SIDE}")
+
+
+def size_checksum(height: int, width: int) -> int:
+    """The checksum of an image's size, before any symbol."""
+    return height << 16 | width
+
+
+def checksum(values: np.ndarray, start: int, before: int) -> int:
+    """`before` + Σ (2i + 1) · value_i modulo 2³² over symbols i = start, … in coding order.
+
+    A file's checksum starts from `size_checksum` and covers all symbols. Any single wrong symbol changes it.
+    """
+    values = values.ravel().astype(np.uint32)
+    weights = np.arange(start, start + values.size, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    return int((before + int((values * weights).sum(dtype=np.uint64))) % 2**32)

@@ -1,0 +1,209 @@
+"""The codec as a TensorFlow SavedModel: whole `.hyp` files in and out, in a graph.
+
+A process that loads the SavedModel needs `import tensorflow_compression`, for its range coder, and nothing of this
+package. The graph makes the checks of `container`; they raise InvalidArgumentError. It processes whole images, not
+tiles, so its memory grows with the image.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_compression as tfc
+
+from hyperprior.codec import container, symbols
+from hyperprior.codec.codec import Codec
+from hyperprior.codec.engine import round_to_int16
+from hyperprior.config import DOWNSAMPLING
+from hyperprior.model.hyperprior import pad
+
+
+def save(codec: Codec, folder: Path) -> None:
+    """Writes a SavedModel with the signatures `compress` (image → file) and `decompress` (file → image).
+
+    `image`: [H, W, 3] uint8; `file`: a scalar string, the same bytes as `Codec.compress` gives for images of
+    one tile.
+    """
+    module = tf.Module()
+    module.weights = list(codec.engine.model.named_variables().values())
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8, "image")], autograph=False)
+    def compress(image: tf.Tensor) -> Any:
+        return {"file": compress_in_graph(codec, image)}
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string, "file")], autograph=False)
+    def decompress(file: tf.Tensor) -> Any:
+        return {"image": decompress_in_graph(codec, file)}
+
+    tf.saved_model.save(module, str(folder), {"compress": compress, "decompress": decompress})
+
+
+def compress_in_graph(codec: Codec, image: tf.Tensor) -> tf.Tensor:
+    height, width = tf.unstack(tf.shape(image)[:2])
+    is_allowed = (tf.minimum(height, width) > 0) & (tf.maximum(height, width) <= container.MAX_SIDE)
+    check = tf.debugging.Assert(is_allowed, ["a side is not within 1 to 65535", height, width])
+    with tf.control_dependencies([check]):
+        image = tf.identity(image)
+    y = codec.engine.analyse(pad(image[None]))
+    z = codec.engine.hyper_analyse(y)
+    y = round_to_int16(y)
+    handle = tfc.create_range_encoder([1], codec.tables.lookup)
+    handle, z_outside = symbols.encode(handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
+    handle, y_outside = symbols.encode(handle, codec.tables, y, codec.engine.indexes(z))
+    coded = tfc.entropy_encode_finalize(handle)[0]
+    escapes = tf.concat([tf.boolean_mask(z, z_outside), tf.boolean_mask(y, y_outside)], 0)
+    body = tf.strings.join(
+        [
+            container.MAGIC + bytes([container.VERSION]) + bytes.fromhex(codec.fingerprint),
+            to_bytes([height, width], 2),
+            to_bytes([tf.strings.length(coded), tf.size(escapes)], 4),
+            to_bytes([checksum(height, width, z, y)], 4),
+            coded,
+            to_bytes(escapes, 2),
+        ]
+    )
+    return tf.strings.join([body, to_bytes([crc32(tf.io.decode_raw(body, tf.uint8))], 4)])
+
+
+def decompress_in_graph(codec: Codec, file: tf.Tensor) -> tf.Tensor:
+    stream = read(file, codec.fingerprint)
+    rows, columns = (-(-side // DOWNSAMPLING) for side in (stream.height, stream.width))
+    handle = tfc.create_range_decoder([stream.coded], codec.tables.lookup)
+    z_index = tf.broadcast_to(codec.z_index, (1, rows, columns, len(codec.z_index)))
+    handle, z, z_escaped = symbols.decode(handle, codec.tables, z_index)
+    num_z_escapes = tf.math.count_nonzero(z_escaped, dtype=tf.int32)
+    z = fill_escapes(z, z_escaped, stream.escapes[:num_z_escapes])
+    handle, y, y_escaped = symbols.decode(handle, codec.tables, codec.engine.indexes(z))
+    y = fill_escapes(y, y_escaped, stream.escapes[num_z_escapes:])
+    decoded = checksum(stream.height, stream.width, z, y)
+    tf.debugging.Assert(decoded == stream.checksum, ["decodes to other symbols than were encoded"])
+    return codec.engine.synthesise(tf.cast(y, tf.float32))[0, : stream.height, : stream.width]
+
+
+class StreamTensors(NamedTuple):
+    """`container.Stream` as tensors: int32 sides and escapes [E], `coded` a string, `checksum` int64."""
+
+    height: tf.Tensor
+    width: tf.Tensor
+    coded: tf.Tensor
+    escapes: tf.Tensor
+    checksum: tf.Tensor
+
+
+def read(file: tf.Tensor, fingerprint: str) -> StreamTensors:
+    """`container.read` in a graph. Every check passes before any part of the result is computed."""
+    size = tf.strings.length(file)
+    checks = [tf.debugging.Assert(size >= container.OVERHEAD, ["cut off", size])]
+    data = tf.io.decode_raw(file, tf.uint8)
+    magic = tf.constant(list(container.MAGIC + bytes([container.VERSION])), tf.uint8)
+    checks += [tf.debugging.Assert(tf.reduce_all(data[:5] == magic), ["not a .hyp file of version 1"])]
+    own_fingerprint = tf.constant(list(bytes.fromhex(fingerprint)), tf.uint8)
+    checks += [tf.debugging.Assert(tf.reduce_all(data[5:13] == own_fingerprint), ["written with another model"])]
+    height, width = tf.unstack(from_bytes(data[13:17], 2), num=2)
+    length, count, stored_checksum = tf.unstack(from_bytes(data[17:29], 4), num=3)
+    total = container.OVERHEAD + length + 2 * count
+    checks += [tf.debugging.Assert(total == tf.cast(size, tf.int64), ["length does not match the header"])]
+    crc = from_bytes(data[-4:], 4)[0]
+    checks += [tf.debugging.Assert(crc == crc32(data[:-4]), ["bytes do not match their CRC-32"])]
+    is_allowed = (tf.minimum(height, width) > 0) & (height * width <= container.MAX_PIXELS)
+    checks += [tf.debugging.Assert(is_allowed, ["image size not accepted", height, width])]
+    with tf.control_dependencies(checks):
+        data, file, height, width = map(tf.identity, (data, file, height, width))
+    end = container.HEADER.size + length
+    escapes = from_bytes(data[end : end + 2 * count], 2)
+    return StreamTensors(
+        tf.cast(height, tf.int32),
+        tf.cast(width, tf.int32),
+        tf.strings.substr(file, container.HEADER.size, tf.cast(length, tf.int32)),
+        tf.cast(tf.where(escapes < 2**15, escapes, escapes - 2**16), tf.int32),
+        stored_checksum,
+    )
+
+
+def fill_escapes(values: tf.Tensor, is_escaped: tf.Tensor, stored: tf.Tensor) -> tf.Tensor:
+    """`values`, with the stored values in the places of the escapes."""
+    places = tf.where(is_escaped)
+    tf.debugging.Assert(tf.shape(places)[0] == tf.size(stored), ["decodes to other symbols than were encoded"])
+    return tf.tensor_scatter_nd_update(values, places, stored)
+
+
+def checksum(height: tf.Tensor, width: tf.Tensor, *parts: tf.Tensor) -> tf.Tensor:
+    """`container.checksum` of the size and the symbols in `parts`, in this order: int64."""
+    values = tf.cast(tf.concat([tf.reshape(part, [-1]) for part in parts], 0), tf.int64)
+    weights = 2 * tf.range(tf.size(values, tf.int64)) + 1
+    size = tf.cast(height, tf.int64) * 2**16 + tf.cast(width, tf.int64)
+    return (size + tf.reduce_sum(values * weights % 2**32)) % 2**32
+
+
+def to_bytes(values: Any, width: int) -> tf.Tensor:
+    """Integers as one little-endian string, `width` bytes each."""
+    values = tf.cast(values, tf.int64)[:, None]
+    digits = tf.bitwise.bitwise_and(tf.bitwise.right_shift(values, tf.range(0, 8 * width, 8, tf.int64)), 255)
+    letters = tf.constant([bytes([i]) for i in range(256)])
+    return tf.strings.reduce_join(tf.gather(letters, tf.reshape(digits, [-1])))
+
+
+def from_bytes(data: tf.Tensor, width: int) -> tf.Tensor:
+    """Little-endian unsigned integers in uint8 data: [n] int64."""
+    digits = tf.reshape(tf.cast(data, tf.int64), [-1, width])
+    return tf.reduce_sum(digits * tf.constant([256**i for i in range(width)], tf.int64), axis=1)
+
+
+# CRC-32 ---------------------------------------------------------------------------------------------------
+
+
+def crc32(data: tf.Tensor) -> tf.Tensor:
+    """zlib's CRC-32 of at least four bytes [n] uint8, as int64, computed by a tree of log n levels.
+
+    zlib's `crc32_combine` joins the CRCs of two parts by the same rule. A CRC is linear over bits. So the register
+    after A followed by B is the XOR of two registers: the one after B, and the one after A, advanced over as many zero
+    bytes as B has. The leaves of the tree are single bytes. Each level joins neighbours of equal length, so one table
+    of advances serves a whole level. Zeros in front do not change a register that starts from zero, so a level of odd
+    length gets a zero in front. zlib's register starts from ones, which has the same effect as inverting the first four
+    bytes.
+    """
+    after_byte, advances = crc_tables()
+    size = tf.size(data)
+    ones = tf.concat([tf.fill([4], tf.constant(255, tf.uint8)), tf.zeros([size - 4], tf.uint8)], 0)
+    registers = tf.gather(after_byte, tf.cast(tf.bitwise.bitwise_xor(data, ones), tf.int32))
+    tables = tf.constant(advances)
+
+    def join_neighbours(level: tf.Tensor, registers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        registers = tf.concat([tf.zeros([tf.size(registers) % 2], tf.int64), registers], 0)
+        pairs = tf.reshape(registers, [-1, 2])
+        left, joined = pairs[:, 0], pairs[:, 1]
+        for place in range(4):
+            digit = tf.bitwise.bitwise_and(tf.bitwise.right_shift(left, tf.constant(8 * place, tf.int64)), 255)
+            joined = tf.bitwise.bitwise_xor(joined, tf.gather(tables[level, place], digit))
+        return level + 1, joined
+
+    _, registers = tf.while_loop(
+        lambda level, registers: tf.size(registers) > 1,
+        join_neighbours,
+        [0, registers],
+        shape_invariants=[tf.TensorShape([]), tf.TensorShape([None])],
+    )
+    return tf.bitwise.bitwise_xor(registers[0], 2**32 - 1)
+
+
+def crc_tables() -> tuple[np.ndarray, np.ndarray]:
+    """(`after_byte`: [256] int64, the register after each byte, from zero; `advances`: [31, 4, 256] int64, for each
+    level, place and digit of a register, the register that this digit becomes over 2^level zero bytes)."""
+    after_byte = np.array([zlib.crc32(bytes([byte ^ 255])) ^ 0xFF000000 for byte in range(256)])
+    # One zero byte shifts a register by a place. The digit that falls out is replaced like a byte, by `after_byte`.
+    advances = [np.stack([after_byte, *(np.arange(256) << 8 * place for place in range(3))])]
+    for _ in range(30):
+        advances.append(advance_twice(advances[-1]))
+    return after_byte, np.stack(advances)
+
+
+def advance_twice(advance: np.ndarray) -> np.ndarray:
+    """The table [4, 256] of two advances, one after the other."""
+    result = np.zeros_like(advance)
+    for place in range(4):
+        result ^= advance[place][(advance >> 8 * place) & 255]
+    return result

@@ -1,0 +1,96 @@
+"""Makes a Config from a YAML file and `section.key=value`. Errors name the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+from pydantic import ValidationError
+
+from hyperprior.config.dialect import parse_yaml
+from hyperprior.config.schema import Config, find_section, list_fields
+from hyperprior.errors import ConfigError
+
+
+def load_config(path: Optional[Path], overrides: list[str]) -> Config:
+    """The config of a YAML file (or the defaults) with `section.key=value` overrides on top.
+
+    Raises ConfigError with the key, the received value and the allowed values.
+    """
+    tree = {} if path is None else read_file(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return validate(tree, str(path) if path else "config")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Their keys are not checked here. Raises ConfigError."""
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is not text: {error}") from error
+    except OSError as error:
+        others = [str(other) for other in path.parent.glob("*.yaml")]
+        close = difflib.get_close_matches(str(path), others, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}{hint}") from error
+    if tree is None:  # an empty file
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections; found {type(tree).__name__}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Puts `section.key=value` into the tree of plain values. Raises ConfigError."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"`{override}` is not an override; write section.key=value, as in train.steps=1000")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            names = [name for name in Config.model_fields if name != "seed"]
+            raise ConfigError(f"`{override}`: `{section}` is not a section; {', '.join(names)} are")
+    node[leaf] = parse_yaml(value, f"`{override}`")
+    # Both keys set the length of a run, so the later one replaces the other.
+    if key == "train.steps":
+        node.pop("epochs", None)
+    if key == "train.epochs":
+        node.pop("steps", None)
+
+
+def validate(tree: dict[str, Any], origin: str) -> Config:
+    """A Config from plain values. Raises one ConfigError that lists every problem."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [explain_problem(problem) for problem in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(problems)) from error
+
+
+def explain_problem(problem: Any) -> str:
+    """Our text for an error of pydantic: the key, the received value and the allowed values."""
+    path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        *sections, key = path
+        names = [name for name, _ in list_fields(find_section(sections))]
+        close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        hint = f"did you mean `{'.'.join([*sections, close[0]])}`?" if close else f"known here: {', '.join(names)}"
+        return f"unknown key `{'.'.join(path)}`; {hint}"
+    # A union reports one error per member, with the member's name at the end of the location.
+    path = [part for part in path if not re.fullmatch(r"int|str|literal\[.*\]|function-.*", part)]
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{'.'.join(path)}: {message}" if path else message
+    try:
+        value = json.dumps(problem["input"], default=str)
+    except ValueError:
+        value = "a value that contains itself"
+    return f"`{'.'.join(path)}` is {value}: {message[0].lower()}{message[1:]}"

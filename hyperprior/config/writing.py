@@ -1,0 +1,64 @@
+"""From a Config to YAML with comments, to a JSON schema, and to the differences between two configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from hyperprior.config.schema import Config, find_section, list_fields
+
+
+def render(config: Config) -> str:
+    """The config as YAML that `load_config` reads, with the meaning of each key as a comment."""
+    lines: list[str] = []
+
+    def add_line(indent: str, name: str, value: Any, info: FieldInfo) -> None:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        text = text.removesuffix("\n").removesuffix("\n...").strip()
+        lines.append(f"{indent + name + ': ' + text:<38} # {info.description}")
+
+    tree = config.to_dict()
+    for name, info in list_fields(Config):
+        if not isinstance(tree[name], dict):
+            add_line("", name, tree[name], info)
+            continue
+        section = find_section([name])
+        lines += ["", f"{name}:  # {section.__doc__}"]
+        for key, key_info in list_fields(section):
+            add_line("  ", key, tree[name][key], key_info)
+    return "\n".join(lines) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the YAML, for editors."""
+    return Config.model_json_schema(by_alias=True)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every value under its key, such as `train.steps`."""
+    values: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        values.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
+    return values
+
+
+class Difference(NamedTuple):
+    """A key whose values differ. With `may_change` a resumed run may have the new value."""
+
+    key: str
+    old: Any
+    new: Any
+    may_change: bool
+
+
+def differences(old: Config, new: Config) -> Iterator[Difference]:
+    """Every key whose values differ."""
+    before, after = flatten(old), flatten(new)
+    for key, old_value in before.items():
+        if old_value != after[key]:
+            *sections, name = key.split(".")
+            extra = dict(list_fields(find_section(sections)))[name].json_schema_extra
+            yield Difference(key, old_value, after[key], isinstance(extra, dict) and bool(extra.get("may_change")))

@@ -1,0 +1,123 @@
+"""The content of sources (`hyperprior inspect`): shards, images, sizes, formats, and unusable files with reasons."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Optional
+
+from hyperprior import images
+from hyperprior.data import shards, stream, tars
+from hyperprior.data.shards import Sample, Shard
+from hyperprior.errors import DataError
+from hyperprior.terminal import Terminal
+
+NAMED_AT_MOST = 100  # unusable members that are printed; JSON has all of them
+
+
+@dataclasses.dataclass
+class Report:
+    """The result of `inspect`. `damaged` lists shards and `unusable` lists images, as (name, reason)."""
+
+    shards: int = 0
+    images: int = 0
+    bytes: int = 0
+    pixels: int = 0
+    patch_size: int = 256
+    smaller_than_patch: int = 0
+    shortest_side: Optional[int] = None
+    longest_side: int = 0
+    images_per_shard: list[int] = dataclasses.field(default_factory=list)
+    formats: Counter[str] = dataclasses.field(default_factory=Counter)
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
+    unusable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "formats": dict(self.formats), "ignored": dict(self.ignored)}
+
+    def lines(self) -> Iterator[str]:
+        counts = self.images_per_shard or [0]
+        good = self.images - len(self.unusable)
+        yield f"shards    {self.shards:,}, {min(counts):,} to {max(counts):,} images each"
+        yield f"images    {self.images:,}, {self.bytes / 1e6:,.1f} MB"
+        yield "formats   " + ", ".join(f"{name} {count:,}" for name, count in sorted(self.formats.items()))
+        if good:
+            yield (
+                f"sizes     sides from {self.shortest_side} to {self.longest_side} pixels, "
+                f"{self.pixels / good / 1e6:.2f} megapixels on average"
+            )
+        if self.ignored:
+            rows = images.describe_suffixes(self.ignored)
+            yield f"ignored   files without the extension of a training image: {rows}"
+        yield f"small     {self.smaller_than_patch:,} have a side below {self.patch_size}"
+        yield f"unusable  {len(self.unusable):,} images, {len(self.damaged):,} shards"
+        problems = self.damaged + self.unusable
+        yield from (f"  {name}: {reason}" for name, reason in problems[:NAMED_AT_MOST])
+        if len(problems) > NAMED_AT_MOST:
+            yield f"  and {len(problems) - NAMED_AT_MOST:,} more (--json names all)"
+
+
+class ImageFacts(NamedTuple):
+    """The facts about one image. `reason` says why the image is unusable; it is empty for a good image."""
+
+    name: str
+    kind: str
+    num_bytes: int
+    height: int = 0
+    width: int = 0
+    reason: str = ""
+
+
+def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Terminal) -> Report:
+    """Decodes every image of the sources as training does. Raises DataError for a source that cannot be opened."""
+    opened = shards.open_sources(sources, "source", allow_pipe=allow_pipe)
+    report = Report(shards=len(opened), patch_size=patch_size)
+    for folder in filter(Path.is_dir, map(Path, sources)):
+        report.ignored += images.count_other_files(
+            folder, lambda name: images.is_training_image(name) or tars.is_tar(name)
+        )
+    with terminal.track("inspecting", len(opened)) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for index, shard in enumerate(opened):
+            inspect_shard(shard, report, pool)
+            track.update(index + 1)
+    return report
+
+
+def inspect_shard(shard: Shard, report: Report, pool: ThreadPoolExecutor) -> None:
+    count = 0
+    try:
+        if shard.kind == "tar" and shard.part == 0:
+            for member in tars.list_members(shard.path, shard.offset, shard.size, shard.name):
+                if not images.is_training_image(member.name):
+                    report.ignored[PurePosixPath(member.name).suffix.lower()] += 1
+        for facts in stream.map_ahead(pool, inspect_image, shard.samples()):
+            count += 1
+            report.formats[facts.kind] += 1
+            report.bytes += facts.num_bytes
+            if facts.reason:
+                report.unusable.append((facts.name, facts.reason))
+                continue
+            shorter, longer = sorted((facts.height, facts.width))
+            report.pixels += facts.height * facts.width
+            report.smaller_than_patch += shorter < report.patch_size
+            report.shortest_side = min(shorter, report.shortest_side or shorter)
+            report.longest_side = max(longer, report.longest_side)
+    except DataError as error:
+        report.damaged.append((shard.name, str(error)))
+    report.images += count
+    report.images_per_shard.append(count)
+
+
+def inspect_image(sample: Sample) -> ImageFacts:
+    try:
+        data = stream.read_sample(sample)
+        kind = "JPEG" if images.is_jpeg(data) else images.open_image(data).format or "?"
+        height, width = images.decode(data).shape[:2]
+        return ImageFacts(sample.name, kind, len(data), height, width)
+    except images.Unusable as error:
+        return ImageFacts(sample.name, "unusable", sample.size or 0, reason=str(error))

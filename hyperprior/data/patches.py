@@ -1,0 +1,91 @@
+"""The part of an image that training or validation sees: random patches, or the centre."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from hyperprior import images
+from hyperprior.images import TooSmall, Unusable
+
+MAX_ASPECT = 16  # largest ratio of the sides of an image that is enlarged
+
+
+class Place(NamedTuple):
+    """Where a patch is cut. `top` and `left` are random integers, taken modulo the number of possible positions.
+
+    The window is larger than the patch by 1 / `scale`, but at most as large as the image. It is scaled down to the
+    patch, and mirrored if `flip`.
+    """
+
+    top: int
+    left: int
+    scale: float = 1.0
+    flip: bool = False
+
+    def window(self, height: int, width: int, size: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the pixels that become the patch."""
+        side = min(round(size / self.scale), height, width)
+        return self.top % (height - side + 1), self.left % (width - side + 1), side, side
+
+    def finish(self, pixels: np.ndarray, size: int) -> np.ndarray:
+        """The patch [size, size, 3] from the pixels of `window`."""
+        if len(pixels) != size:
+            pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+        return pixels[:, ::-1] if self.flip else pixels
+
+
+def cut_patches(data: bytes, size: int, places: Sequence[Place], *, upscale: bool = False) -> np.ndarray:
+    """Patches of an encoded image: [P, size, size, 3] uint8, one for each of `places`.
+
+    With `upscale` a smaller image is enlarged until its shorter side fits; else TooSmall is raised. Raises Unusable.
+    """
+    if images.is_jpeg(data):
+        height, width = images.read_jpeg_size(data)
+        # The fused operation stops after the window, so it does not notice a truncated file.
+        has_end_marker = data.rstrip(b"\0").endswith(b"\xff\xd9")
+        if len(places) == 1 and min(height, width) >= size and has_end_marker:
+            window = places[0].window(height, width, size)
+            return places[0].finish(images.decode_jpeg(data, window), size)[None]
+        check_size(height, width, size, upscale)
+        image = images.decode_jpeg(data)
+    else:
+        opened = images.open_image(data)
+        check_size(opened.height, opened.width, size, upscale)
+        image = images.to_rgb(opened)
+    if min(image.shape[:2]) < size:
+        image = enlarge(image, size)
+    height, width = image.shape[:2]
+    patches = []
+    for place in places:
+        top, left, rows, columns = place.window(height, width, size)
+        patches.append(place.finish(image[top : top + rows, left : left + columns], size))
+    return np.stack(patches)
+
+
+def crop_centre(data: bytes, size: int) -> np.ndarray:
+    """The middle [size, size, 3] uint8 of an encoded image. Raises Unusable, TooSmall."""
+    image = images.decode(data)
+    height, width = image.shape[:2]
+    check_size(height, width, size, upscale=False)
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def check_size(height: int, width: int, size: int, upscale: bool) -> None:
+    """Raises TooSmall for an image with a side below `size`, unless it may be enlarged."""
+    if min(height, width) < size and not upscale:
+        raise TooSmall(f"{width}x{height} is smaller than {size}x{size}")
+
+
+def enlarge(image: np.ndarray, size: int) -> np.ndarray:
+    """Enlarges the image until its shorter side is `size`. Raises Unusable for a very narrow image."""
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise Unusable(f"{width}x{height} is too narrow to be enlarged")
+    scale = size / min(height, width)
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    return np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.BICUBIC))

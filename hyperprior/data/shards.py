@@ -1,0 +1,214 @@
+"""Shards: tars, nested tars, directories and URLs as lists of image samples.
+
+A *shard* is a tar file, a tar inside an outer tar (read in place, by offset), a list of image files, or a URL that
+webdataset opens. One of k interleaved parts of any of these is also a shard. Nothing is extracted to disk.
+
+webdataset divides shards among workers by RANK/WORLD_SIZE or torch.distributed, and does not know TF_CONFIG. So this
+module reads the shards itself, and `lanes` divides them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Optional
+
+from hyperprior.data import tars
+from hyperprior.data.tars import is_tar
+from hyperprior.errors import ConfigError, DataError
+from hyperprior.images import TRAINING_SUFFIXES, is_training_image
+
+FILES_PER_PART = 1000  # a directory with more images is cut into parts
+
+
+class Sample(NamedTuple):
+    """One encoded image of a shard: its place in a file, from which `read` reads it, or its bytes from a stream."""
+
+    shard: str
+    key: str
+    path: str = ""
+    offset: int = 0
+    size: Optional[int] = None
+    data: Optional[bytes] = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard}: {self.key}"
+
+    def read(self) -> bytes:
+        """The encoded image. Raises DataError."""
+        if self.data is not None:
+            return self.data
+        if self.size is not None:
+            return tars.read_at(self.path, self.offset, self.size)
+        try:
+            return Path(self.path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A list of images, or one part of it. Part `part` of `parts` holds samples part, part + parts, ... of the whole.
+
+    The images depend on `kind`. tar: the tar in bytes [offset, offset + size) of `path`. loose: the images beside the
+    inner tars of a nested tar. files: `files` below `path`. url: the tar that the URL `path` gives.
+    """
+
+    kind: str
+    path: str
+    name: str
+    size: int = 0
+    offset: int = 0
+    files: tuple[str, ...] = field(default=(), repr=False)
+    part: int = 0
+    parts: int = 1
+
+    def samples(self) -> Iterator[Sample]:
+        """The images in the order of the tar or listing.
+
+        Raises DataError if the shard is damaged: for a local tar before the first sample, for a URL where the damage
+        is, at the latest after the last sample.
+        """
+        if self.kind == "url":
+            for name, data in itertools.islice(tars.stream_images(self.path), self.part, None, self.parts):
+                yield Sample(self.name, make_key(name), data=data)
+        elif self.kind == "files":
+            for file in self.files[self.part :: self.parts]:
+                yield Sample(self.name, make_key(file), str(Path(self.path, file)))
+        else:
+            images = tars.list_images(self.path, self.offset, self.size, self.name, self.kind == "loose")
+            for member in images[self.part :: self.parts]:
+                yield Sample(self.name, make_key(member.name), self.path, member.offset, member.size)
+
+    def split(self, parts: int) -> list[Shard]:
+        """The shard as `parts` interleaved shards."""
+        # Part j of k of part p of q holds the samples whose index is p + q·j modulo q·k.
+        return [replace(self, part=self.part + self.parts * j, parts=self.parts * parts) for j in range(parts)]
+
+
+def make_key(name: str) -> str:
+    """A sample's key: the full member name without its last extension."""
+    name = name.removeprefix("./")
+    return name[: -len(PurePosixPath(name).suffix)]
+
+
+# From sources to shards -----------------------------------------------------------------------------------
+
+
+def open_sources(sources: Iterable[str], key: str, *, allow_pipe: bool = False) -> list[Shard]:
+    """The shards of a list of sources, in a fixed order.
+
+    `key` is the config key or command argument that errors name. Raises DataError for a source that is missing,
+    unreadable, empty, or damaged as far as a quick check shows. Raises ConfigError for a source of unknown kind.
+    """
+    shards: list[Shard] = []
+    for source in sources:
+        source_shards: list[Shard] = []
+        for location in expand_braces(source):
+            source_shards += open_location(location, key, allow_pipe)
+        if not source_shards:
+            raise DataError(f"{key}: {source} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))}) and no tar")
+        shards += source_shards
+    return shards
+
+
+def expand_braces(source: str) -> list[str]:
+    """The locations that a brace pattern stands for. Raises ConfigError."""
+    if "{" not in source or source.startswith("pipe:"):  # in a command, braces belong to the shell
+        return [source]
+    from webdataset.shardlists import braceexpand
+
+    try:
+        return list(braceexpand.braceexpand(source))
+    except ValueError as error:
+        raise ConfigError(
+            f"{source} is not a valid brace pattern: {error}; write shards-{{000000..000127}}.tar"
+        ) from error
+
+
+def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
+    """The shards of a tar, image, directory or URL. Raises as `open_sources` does."""
+    is_pipe = location.lower().startswith("pipe:")
+    if is_pipe and not allow_pipe:
+        raise ConfigError(
+            f"{key}: {location} would run a shell command; set data.allow_pipe=true (--allow-pipe) to allow it"
+        )
+    if is_pipe or "://" in location:
+        return [Shard("url", location, location)]
+    path = Path(location).expanduser()
+    try:
+        if path.is_dir():
+            return open_directory(path, key, allow_pipe)
+        size = path.stat().st_size
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{key}: {location} cannot be read: {error.strerror}") from error
+    if is_tar(path.name):
+        return open_tar(str(path), size)
+    if is_training_image(path.name):
+        return [Shard("files", str(path.parent), str(path), files=(path.name,))]
+    raise ConfigError(
+        f"{key}: {location} is not a tar, image or directory; allowed are *.tar, directories, "
+        f"images ({', '.join(sorted(TRAINING_SUFFIXES))}) and URLs"
+    )
+
+
+def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
+    """The images below a directory as shards of at most FILES_PER_PART images, and the tars below it."""
+
+    def raise_unreadable(error: OSError) -> None:
+        raise DataError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
+
+    images, inner_tars = [], []
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(path, onerror=raise_unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder that was visited
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        for file in files:
+            if is_tar(file):
+                inner_tars.append(str(Path(folder, file)))
+            elif is_training_image(file):
+                images.append(Path(folder, file).relative_to(path).as_posix())
+    shards = [shard for tar in sorted(inner_tars) for shard in open_location(tar, key, allow_pipe)]
+    if images:
+        listing = Shard("files", str(path), str(path), files=tuple(sorted(images)))
+        shards += listing.split(-(-len(images) // FILES_PER_PART))
+    return shards
+
+
+def open_tar(path: str, size: int) -> list[Shard]:
+    """One shard for a flat tar. For a tar of tars, one shard for each inner tar, and one for the loose images."""
+    tars.check_ends(path, 0, size, path)
+    whole = Shard("tar", path, path, size=size)
+    # The first image or inner tar shows the kind, so a flat tar need not be read to its end.
+    first = tars.find_first_image_or_tar(path, size)
+    if first is None:
+        tars.list_members(path, 0, size, path)  # raises DataError if the tar is damaged
+        return []
+    if is_training_image(first):
+        return [whole]
+    shards = []
+    members = tars.list_members(path, 0, size, path)
+    for name, offset, length in members:
+        if is_tar(name):
+            tars.check_ends(path, offset, length, f"{path}//{name}")
+            shards.append(Shard("tar", path, f"{path}//{name}", size=length, offset=offset))
+    if any(is_training_image(member.name) for member in members):
+        shards.append(replace(whole, kind="loose"))
+    return shards
+
+
+def identify_shards(shards: list[Shard]) -> list[list[Any]]:
+    """Identifies the data, whatever its folder: the last part of each name, the size or the files, and the part."""
+    return [
+        [PurePosixPath(s.name).name, s.size, len(s.files), s.files[:1] + s.files[-1:], s.part, s.parts] for s in shards
+    ]

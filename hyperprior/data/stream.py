@@ -1,0 +1,337 @@
+"""From lanes to batches: reading and decoding in a thread pool, and the cursors that go with each batch.
+
+Each lane keeps a few samples in the pool and takes the results in its own order. So the results never depend on which
+thread was faster. A sample that cannot be used is skipped inside its lane, and counted with the batch that skips it.
+It never shifts another lane.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Optional, TypeVar
+
+import numpy as np
+
+from hyperprior import config, images
+from hyperprior.data import lanes, patches
+from hyperprior.data.lanes import Cursor, Item, LostRest
+from hyperprior.data.patches import Place
+from hyperprior.data.shards import Sample
+from hyperprior.data.splits import Split
+from hyperprior.errors import DataError
+
+AHEAD = 3  # samples of each lane in the pool
+PREFETCH = 2  # items that are ready before the trainer asks
+LATE = 30  # seconds of waiting for input between two warnings
+MAPPED_AHEAD = 64  # items of `map_ahead` in the pool
+MAX_SKIPPED = 1000  # skips in a row, over more than an epoch, before a lane raises an error
+
+T = TypeVar("T")
+R = TypeVar("R")
+Kind = Literal["bad", "small", "lost"]
+
+
+class Skip(NamedTuple):
+    """A skipped sample, which is `bad` (defective) or `small`, or the skipped rest of a shard, which is `lost`."""
+
+    name: str
+    reason: str
+    kind: Kind
+
+
+class Counts(NamedTuple):
+    """Counts of the input: samples decoded or skipped, how many are bad or small; shard visits, how many are lost."""
+
+    samples: int = 0
+    bad: int = 0
+    small: int = 0
+    visits: int = 0
+    lost: int = 0
+
+    def plus(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(self, other)))
+
+
+class LostShard(images.Unusable):
+    """The rest of a shard cannot be read."""
+
+
+class Reading:
+    """The name of the shard or sample that the input waits for."""
+
+    name = ""
+
+    def set(self, name: str) -> None:
+        self.name = name
+
+
+@dataclass
+class Batch:
+    """This worker's share of one global batch, [b, P, P, 3] uint8, and the cursors where its lanes continue."""
+
+    images: np.ndarray
+    keys: list[str]
+    cursors: list[Cursor]
+    counts: Counts
+    skipped: list[Skip]
+
+
+def read_sample(sample: Sample) -> bytes:
+    """The sample's bytes. Raises Unusable if they cannot be read, so that a lost file does not end a run."""
+    try:
+        return sample.read()
+    except DataError as error:
+        raise images.Unusable(str(error)) from error
+
+
+def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
+    """Applies `function` to each item, in order, with a bounded number of items in the pool."""
+    pending: deque[Future[R]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > MAPPED_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def classify_error(error: images.Unusable) -> Kind:
+    return "small" if isinstance(error, images.TooSmall) else "lost" if isinstance(error, LostShard) else "bad"
+
+
+# Training -------------------------------------------------------------------------------------------------
+
+
+class LanePatch(NamedTuple):
+    """One lane's share of a batch: a patch, its sample's name, and the counts and skips since the last patch."""
+
+    pixels: np.ndarray
+    name: str
+    counts: Counts
+    skipped: list[Skip]
+
+
+class Decoded(NamedTuple):
+    """An item in the pool, with its cursor and its future patches [P, size, size, 3]."""
+
+    at: Cursor
+    item: Item
+    patches: Future[np.ndarray]
+
+
+class Lane:
+    """One lane's patches, without end."""
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        split: Split,
+        settings: config.Data,
+        seed: int,
+        lane: int,
+        batch_size: int,
+        start: Cursor,
+        reading: Reading,
+    ):
+        self.settings, self.seed, self.lane, self.pool, self.reading = settings, seed, lane, pool, reading
+        self.cursor = start  # the position after the last patch taken
+        self.items = lanes.read_lane(
+            split.shards, split.keep, seed, lane, batch_size, settings.shuffle_buffer, start, reading.set
+        )
+        self.pending: deque[Decoded] = deque()
+        self.image: Optional[Decoded] = None  # the item that still has patches to take
+        self.last_good_epoch, self.skipped_in_row = start.epoch, 0
+
+    def next_patch(self) -> LanePatch:
+        counts, skipped = Counts(), []
+        while self.image is None:
+            decoded = self.next_decoded()
+            if self.cursor.patch == 0:  # otherwise the item was counted before the run stopped
+                is_sample = isinstance(decoded.item, Sample)
+                counts = counts.plus(Counts(samples=is_sample, visits=decoded.at.offset == 0))
+            self.reading.set(decoded.item.name)
+            try:
+                decoded.patches.result()
+            except images.Unusable as error:
+                skipped.append(Skip(decoded.item.name, str(error), classify_error(error)))
+                counts = counts.plus(Counts(**{classify_error(error): 1}))
+                self.skip_item(decoded, error)
+            else:
+                self.image, self.last_good_epoch, self.skipped_in_row = decoded, decoded.at.epoch, 0
+        image, patch = self.image, self.cursor.patch
+        patches = image.patches.result()
+        if patch + 1 < len(patches):
+            self.cursor = image.at._replace(patch=patch + 1)
+        else:
+            self.cursor = image.at._replace(offset=image.at.offset + 1)
+            self.image = None
+        return LanePatch(patches[patch], image.item.name, counts, skipped)
+
+    def next_decoded(self) -> Decoded:
+        """The lane's next item. Puts the items after it into the pool."""
+        while len(self.pending) < AHEAD:
+            at, item = next(self.items)
+            self.pending.append(Decoded(at, item, self.pool.submit(self.load, at, item)))
+        return self.pending.popleft()
+
+    def skip_item(self, decoded: Decoded, error: images.Unusable) -> None:
+        """Moves past an item that cannot be used. Raises DataError if the lane finds no usable one."""
+        self.cursor = decoded.at._replace(offset=decoded.at.offset + 1)
+        self.skipped_in_row += 1
+        if decoded.at.epoch > self.last_good_epoch + 1 and self.skipped_in_row > MAX_SKIPPED:
+            raise DataError(
+                f"lane {self.lane} found no usable image in more than an epoch; the last one that it "
+                f"skipped is {decoded.item.name}: {error} (see data.patch_size, data.small_images)"
+            ) from error
+
+    def load(self, at: Cursor, item: Item) -> np.ndarray:
+        """Runs in the pool: reads and decodes a sample to patches [P, size, size, 3]. Raises Unusable."""
+        if isinstance(item, LostRest):
+            raise LostShard(item.reason)
+        # The draw depends on the sample, not on the lane, so the batch size does not change where an image is cut.
+        places = [self.draw_place(at.epoch, item.key, patch) for patch in range(self.settings.patches_per_image)]
+        upscale = self.settings.small_images == "upscale"
+        return patches.cut_patches(read_sample(item), self.settings.patch_size, places, upscale=upscale)
+
+    def draw_place(self, *patch: object) -> Place:
+        """Draws where a patch is cut. `patch` is the epoch, the key and the number of the patch."""
+        bits = lanes.draw(self.seed, "crop", *patch)
+        scale = 1.0 - (1.0 - self.settings.min_scale) * lanes.draw_unit(self.seed, "scale", *patch)
+        flip = self.settings.flip and lanes.draw_unit(self.seed, "flip", *patch) < 0.5
+        return Place(bits >> 32, bits & 0xFFFFFFFF, scale, flip)
+
+
+def batches(
+    split: Split,
+    settings: config.Data,
+    seed: int,
+    own: range,
+    batch_size: int,
+    cursors: Sequence[Cursor],
+    reading: Optional[Reading] = None,
+) -> Generator[Batch, None, None]:
+    """This worker's share of every global batch from `cursors` (one per global lane) on, without end.
+
+    `own`: the lanes of this worker. `reading` holds the name of the shard or sample that the input waits for.
+    """
+    reading = reading or Reading()
+    with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
+        own_lanes = [Lane(pool, split, settings, seed, lane, batch_size, cursors[lane], reading) for lane in own]
+        try:
+            while True:
+                lane_patches = [lane.next_patch() for lane in own_lanes]
+                yield Batch(
+                    np.stack([patch.pixels for patch in lane_patches]),
+                    [patch.name for patch in lane_patches],
+                    [lane.cursor for lane in own_lanes],
+                    Counts(*map(sum, zip(*(patch.counts for patch in lane_patches)))),
+                    [skip for patch in lane_patches for skip in patch.skipped],
+                )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Prefetch:
+    """Runs `items` in a thread, a few items ahead. `next` raises an error of `items` after the items before it."""
+
+    def __init__(self, items: Iterable[Any]):
+        self.queue: queue.Queue[Any] = queue.Queue(PREFETCH)
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._fill, args=(items,), name="input", daemon=True)
+        self.thread.start()
+
+    def _fill(self, items: Iterable[Any]) -> None:
+        try:
+            with contextlib.closing(iter(items)) as iterator:  # type: ignore[type-var]
+                for item in iterator:
+                    if not self._put((item, None)):
+                        return
+            self._put((None, StopIteration()))
+        except BaseException as error:  # `next` raises it again
+            self._put((None, error))
+
+    def _put(self, entry: Any) -> bool:
+        while not self.stopping.is_set():
+            with contextlib.suppress(queue.Full):
+                self.queue.put(entry, timeout=0.1)
+                return True
+        return False
+
+    def next(
+        self, give_up: Callable[[], bool] = lambda: False, late: Callable[[float], object] = lambda seconds: None
+    ) -> Any:
+        """The next item, or None if `give_up()` is true while there is no item.
+
+        `late` is called every LATE seconds of waiting, with the seconds waited so far.
+        """
+        began, warnings = time.monotonic(), 1
+        while True:
+            with contextlib.suppress(queue.Empty):
+                item, error = self.queue.get(timeout=0.2)
+                if error is None:
+                    return item
+                if give_up():  # Ctrl-C also ends the programs that read URLs; that is not an error
+                    return None
+                raise error
+            if give_up():
+                return None
+            if time.monotonic() - began > warnings * LATE:
+                warnings += 1
+                late(time.monotonic() - began)
+
+    def close(self) -> None:
+        self.stopping.set()
+        self.thread.join(timeout=5)  # a read may hang; the thread is a daemon and does not block the exit
+
+
+# Validation and test --------------------------------------------------------------------------------------
+
+
+class EvalImage(NamedTuple):
+    """One position of an evaluation batch: [H, W, 3] uint8. Weight 0 means that no image is counted."""
+
+    image: np.ndarray
+    weight: float
+    skip: Optional[Skip] = None
+
+
+def eval_batches(
+    split: Split, settings: config.Data, own: range, batch_size: int, min_side: int = 1
+) -> Generator[list[EvalImage], None, None]:
+    """This worker's positions of every global batch. Each image of the split comes once, in order; the end is padded.
+
+    Images are centre crops of `eval_crop`, or whole if that is `full`. An image with a side below the crop or below
+    `min_side` is skipped.
+    """
+    side = None if settings.eval_crop == "full" else int(settings.eval_crop)
+    blank = np.zeros((side or config.DOWNSAMPLING, side or config.DOWNSAMPLING, 3), np.uint8)
+
+    def load(sample: Optional[Sample]) -> EvalImage:
+        if sample is None:
+            return EvalImage(blank, 0.0)
+        try:
+            data = read_sample(sample)
+            image = patches.crop_centre(data, side) if side else images.decode(data)
+            patches.check_size(image.shape[0], image.shape[1], min_side, upscale=False)
+            return EvalImage(image, 1.0)
+        except images.Unusable as error:
+            return EvalImage(blank, 0.0, Skip(sample.name, str(error), classify_error(error)))
+
+    samples = (sample for shard in split.shards for sample in shard.samples() if split.keep(sample.key))
+    with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
+        pending: deque[list[Future[EvalImage]]] = deque()
+        for _ in range(-(-split.images // batch_size)):
+            group = [next(samples, None) for _ in range(batch_size)]
+            pending.append([pool.submit(load, group[i]) for i in own])
+            if len(pending) > 2:
+                yield [future.result() for future in pending.popleft()]
+        while pending:
+            yield [future.result() for future in pending.popleft()]

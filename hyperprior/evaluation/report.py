@@ -1,0 +1,150 @@
+"""The reports of an evaluation: CSV, Markdown tables, and report.html, one file with curves, tables and pictures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import importlib.resources
+import io
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+from PIL import Image
+
+from hyperprior.config import MS_SSIM_MIN_SIDE
+from hyperprior.evaluation import plots
+from hyperprior.evaluation.curves import BD_MIN_OVERLAP, BD_MIN_POINTS
+from hyperprior.metrics import METRICS, cell
+
+COLUMNS = ["kind", "curve", "point", "image", "width", "height", "bytes", "bpp", "estimated_bits"]
+COLUMNS += ["mse", "psnr_db", "ms_ssim", "ms_ssim_db", "encode_seconds", "decode_seconds"]
+SHOWN = ["bpp", "psnr_db", "psnr_db_of_mean_mse", "ms_ssim", "ms_ssim_db", "encode_seconds", "decode_seconds"]
+SHOWN_OF_MODELS = [*SHOWN, "estimated_bpp", "loss"]
+NOTES = """\
+- bpp, PSNR and MS-SSIM are means of the images' values. bpp counts whole files, including headers.
+- PSNR is computed on 8-bit RGB. "PSNR of mean MSE" averages the error before the logarithm, so bad images weigh more.
+- MS-SSIM in dB is -10 log10(1 - mean MS-SSIM). MS-SSIM needs images of at least {side} pixels a side.
+- Seconds are medians over the images on this machine, after a warm-up. Stored results of baselines keep their seconds.
+- Loss is bpp + lambda 255² MSE, or bpp + lambda (1 - MS-SSIM), of the means over the images.
+- BD-rate is the average difference in rate at equal quality (PSNR, or MS-SSIM in dB); negative is better. BD-PSNR and
+  BD-MS-SSIM are the average difference in quality at equal rate, in dB; positive is better. Curves are piecewise cubic
+  (PCHIP) over log rate, have at least {points} points, and share at least {overlap:.0%} of the shorter curve's range.
+"""
+SIDE = 768  # pixels a side that the report shows of a picture, which keeps the file small enough to send
+ROW = ["curve", "point", "image", "width", "height", "bytes", "bpp", "psnr_db", "ms_ssim"]
+ROW += ["encode_seconds", "decode_seconds"]
+POINT = ["kind", "curve", "point", "bpp", "psnr_db", "ms_ssim_db", "ms_ssim", "lambda", "metric", "loss"]
+
+
+# Tables -------------------------------------------------------------------------------------------------
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def make_points_table(points: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    """A Markdown table of the points of models, or of baselines."""
+    is_model = kind == "model"
+    columns = SHOWN_OF_MODELS if is_model else SHOWN
+    head = ["model", "lambda", "metric"] if is_model else ["codec", "setting"]
+    table = [head + [METRICS[column].title for column in columns]]
+    for p in points:
+        if p["kind"] == kind:
+            name = [p["point"], f"{p['lambda']:g}", p["metric"]] if is_model else [p["curve"], p["point"]]
+            table.append(name + [cell(column, p.get(column)) for column in columns])
+    return to_markdown(table)
+
+
+def make_bd_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    table = [["curve", "against", "BD-rate (PSNR)", "BD-PSNR", "BD-rate (MS-SSIM)", "BD-MS-SSIM"]]
+    for row in results:
+        cells = []
+        for value in (row["psnr_db"], row["ms_ssim_db"]):
+            reason = value.get("refused")
+            cells += [reason, ""] if reason else [f"{value['rate_percent']:+.1f}%", f"{value['quality_db']:+.2f} dB"]
+        against = row["against"] + (" (published)" if row["kind"] == "published" else "")
+        if cells[0].startswith("the curve "):  # a curve that cannot be compared with any other gets one row
+            against = "every other"
+        if [row["curve"], against, *cells] not in table:
+            table.append([row["curve"], against, *cells])
+    return to_markdown(table)
+
+
+def describe_method(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines that say how everything was measured."""
+    lines = [NOTES.format(side=MS_SSIM_MIN_SIDE, points=BD_MIN_POINTS, overlap=BD_MIN_OVERLAP)]
+    for curve, p in {p["curve"]: p for p in points if p["kind"] == "baseline"}.items():
+        options = ", ".join(f"{key} {value}" for key, value in p["options"].items())
+        lines.append(f"- {curve}: Pillow {p['pillow']}, codec {p['codec']}; {options}.")
+    return lines
+
+
+def to_markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:], ""] if len(table) > 1 else []
+
+
+# report.html --------------------------------------------------------------------------------------------
+
+
+class Version(NamedTuple):
+    """A picture decoded from one codec's file. `text`: its size and quality; `file`: if a browser can decode it."""
+
+    title: str
+    text: str
+    pixels: np.ndarray
+    file: Optional[bytes] = None
+    kind: str = ""  # such as image/jpeg
+
+
+def embed_picture(name: str, original: np.ndarray, versions: Sequence[Version]) -> dict[str, Any]:
+    """One picture of the report, embedded without further loss; a large one is cropped to its most detailed part."""
+    part = plots.find_detail(original, SIDE)
+    height, width = original[part].shape[:2]
+    whole = (height, width) == original.shape[:2]
+
+    def source(version: Version) -> str:
+        if version.file and whole:
+            return embed_file(version.kind, version.file)
+        return embed_file("image/webp", encode_lossless(version.pixels[part]))
+
+    coded = [{"title": v.title, "text": v.text, "src": source(v)} for v in versions]
+    own = embed_file("image/webp", encode_lossless(original[part]))
+    return {"name": name, "width": width, "height": height, "original": own, "versions": coded}
+
+
+def encode_lossless(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "WEBP", lossless=True, quality=50, method=4)
+    return file.getvalue()
+
+
+def embed_file(kind: str, file: bytes) -> str:
+    return f"data:{kind};base64," + base64.b64encode(file).decode()
+
+
+def render(summary: dict[str, Any], rows: Sequence[dict[str, Any]], pictures: Sequence[dict[str, Any]]) -> str:
+    """The HTML page. `summary`: the content of summary.json; `rows`: of images.csv."""
+    names = [image["name"] for image in summary["images"]]
+    about = f"{names[0]} to {names[-1]}; all sizes and pixels come from real files. "
+    data = {
+        "title": f"Evaluation on {len(names)} images",
+        "about": about + f"hyperprior {summary['hyperprior']}.",
+        "points": [{key: point.get(key) for key in POINT} for point in summary["points"]],
+        "bd": summary["bd"],
+        "rows": [{key: row.get(key) for key in ROW} for row in rows],
+        "pictures": pictures,
+        "pictures_about": "Move the line: the original is left of it. The baselines' files have at most as many bytes "
+        f"as the first model's. A large picture shows only the {SIDE} x {SIDE} pixels with the most detail; its "
+        "numbers are for the whole picture.",
+    }
+    page = (importlib.resources.files("hyperprior.evaluation") / "report.html").read_text("utf-8")
+    # Without "<", no file name can end the script element.
+    return page.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)

@@ -1,0 +1,143 @@
+"""Measures the input alone: patches per second, beside other ways to read the same patches."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+from rich.table import Table
+
+from hyperprior.config import Config
+from hyperprior.data import splits, stream
+from hyperprior.data.lanes import Cursor
+from hyperprior.machine.timing import describe, summarise, time_in_turn
+from hyperprior.terminal import Terminal
+from hyperprior.training.distribute import World
+
+INPUT_SECONDS = 6.0  # of each repeat
+COMPARED_IMAGES = 2000  # at most, for the comparison with other ways
+
+
+def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal) -> dict[str, Any]:
+    """Patches per second and per second of CPU, and the speed of reading samples without decoding."""
+    split = splits.open_splits(settings.data, world.batch_size, count=False).train
+    lanes = world.lanes(world.batch_size)
+    side = settings.data.patch_size
+
+    def read_patches(patches_per_image: int) -> Iterator[int]:
+        data = settings.data.model_copy(update={"patches_per_image": patches_per_image})
+        batches = stream.batches(split, data, 0, lanes, world.batch_size, [Cursor()] * world.batch_size)
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield len(batch.images)
+
+    samples: list[Any] = []
+    for shard in split.shards:
+        samples += itertools.islice(shard.samples(), COMPARED_IMAGES - len(samples))
+    with tempfile.TemporaryDirectory() as folder:
+        flat, records = Path(folder, "flat.tar"), Path(folder, "flat.tfrecord")
+        read_bytes = write_comparison_files(samples, flat, records)
+        ways = {
+            "ours": lambda: read_patches(1),
+            "ours, 4 patches an image": lambda: read_patches(4),
+            "webdataset and Pillow": lambda: read_with_webdataset(flat, side),
+            "TFRecord, fused crop": lambda: read_with_tf_data(records, side),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        per_core: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats):  # in turn, so that a drift of the machine affects all ways
+            for name, way in ways.items():
+                rate, core_rate = measure_patch_rate(way())
+                rates[name].append(rate)
+                per_core[name].append(core_rate)
+        readers = {"ours": lambda: [sample.read() for sample in samples], "tarfile": lambda: read_with_tarfile(flat)}
+        raw = time_in_turn(readers, repeats)
+    table = Table("", "patches/s", "per CPU-second", "ours / other", "per CPU-second")
+    for name in ways:
+        ratios = [statistics.median(a / b for a, b in zip(v["ours"], v[name])) for v in (rates, per_core)]
+        figures = (describe(summarise(rates[name]), "{:.0f}"), describe(summarise(per_core[name]), "{:.0f}"))
+        table.add_row(name, *figures, *(f"{ratio:.2f}" for ratio in ratios))
+    terminal.console.print(table)
+    raw_rates = {name: read_bytes / timing.median / 1e6 for name, timing in raw.items()}
+    terminal.say(
+        f"raw       {raw_rates['ours']:.0f} MB/s ({len(samples) / raw['ours'].median:.0f} samples/s) in one thread; "
+        f"Python's tarfile {raw_rates['tarfile']:.0f} MB/s"
+    )
+    return {
+        "patches_per_s": {name: summarise(v)._asdict() for name, v in rates.items()},
+        "patches_per_cpu_s": {name: summarise(v)._asdict() for name, v in per_core.items()},
+        "raw_mb_per_s": raw_rates,
+    }
+
+
+def measure_patch_rate(patches: Iterator[int]) -> tuple[float, float]:
+    """(patches per second, per second of CPU) of an endless iterator of counts."""
+    with contextlib.closing(patches):  # type: ignore[type-var]
+        for _ in range(4):  # not measured, because threads start and buffers fill
+            next(patches)
+        began, cpu, count = time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() - began < INPUT_SECONDS:
+            count += next(patches)
+        return count / (time.perf_counter() - began), count / (time.process_time() - cpu)
+
+
+def write_comparison_files(samples: list[Any], flat: Path, records: Path) -> int:
+    """Writes the samples that are JPEGs as a flat tar and as TFRecords; returns the number of bytes of all samples."""
+    total = 0
+    with tarfile.open(flat, "w") as tar, tf.io.TFRecordWriter(str(records)) as writer:
+        for number, sample in enumerate(samples):
+            data = sample.read()
+            total += len(data)
+            if data[:2] == b"\xff\xd8":
+                info = tarfile.TarInfo(f"{number:06d}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+                writer.write(data)
+    return total
+
+
+def read_with_webdataset(flat: Path, side: int) -> Iterator[int]:
+    """In one process: webdataset's tar reader, a full decode by Pillow, a random crop."""
+    import webdataset
+
+    rng = np.random.default_rng(0)
+    while True:
+        for sample in webdataset.WebDataset(str(flat), shardshuffle=False, empty_check=False):
+            image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+            if min(image.size) >= side:
+                x, y = (int(rng.integers(0, size - side + 1)) for size in image.size)
+                np.asarray(image)[y : y + side, x : x + side].copy()
+                yield 1
+
+
+def read_with_tf_data(records: Path, side: int) -> Iterator[int]:
+    """With tf.data on all cores: TFRecords, decode and crop in one operation."""
+
+    def crop(data: tf.Tensor) -> tf.Tensor:
+        height, width = tf.unstack(tf.image.extract_jpeg_shape(data)[:2])
+        y = tf.random.uniform((), 0, height - side + 1, tf.int32)
+        x = tf.random.uniform((), 0, width - side + 1, tf.int32)
+        return tf.io.decode_and_crop_jpeg(data, tf.stack([y, x, side, side]), channels=3)
+
+    patches = tf.data.TFRecordDataset(str(records)).repeat()
+    patches = patches.filter(lambda data: tf.reduce_min(tf.image.extract_jpeg_shape(data)[:2]) >= side)
+    patches = patches.map(crop, num_parallel_calls=tf.data.AUTOTUNE).batch(8).prefetch(tf.data.AUTOTUNE)
+    for batch in patches:
+        yield len(batch)
+
+
+def read_with_tarfile(flat: Path) -> None:
+    with tarfile.open(flat, "r:") as tar:
+        for member in tar:
+            tar.extractfile(member).read()  # type: ignore[union-attr]

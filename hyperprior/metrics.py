@@ -1,0 +1,125 @@
+"""Every number that a run or an evaluation reports: its name, its format in text, and its tag in TensorBoard.
+
+A metric that the graph measures for each image (`measured`) needs a row here and a formula in `model/measure.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+TRAIN, VAL = "train", "val"
+
+
+class Metric(NamedTuple):
+    """The name and formats of a metric.
+
+    `text`: format in a line of text. `digits`: decimal places in tables. `tag`: name in TensorBoard, empty for a metric
+    without a chart. `measured`: the splits in which the graph measures the metric for each image.
+    """
+
+    title: str
+    text: str = ""
+    digits: int = 4
+    tag: str = ""
+    meaning: str = ""
+    measured: tuple[str, ...] = ()
+
+
+METRICS = {
+    "loss": Metric(
+        "loss",
+        text="loss {:.4f}",
+        tag="rd/loss",
+        meaning="bpp + lambda · 255² · mse, or bpp + lambda · (1 − ms_ssim)",
+        measured=(TRAIN, VAL),
+    ),
+    "bpp": Metric("bpp", text="bpp {:.4f}", tag="rd/bpp", meaning="bits per pixel, y and z together"),
+    "bpp_y": Metric("bpp of y", tag="rate/y", meaning="bits per pixel of y", measured=(TRAIN, VAL)),
+    "bpp_z": Metric("bpp of z", tag="rate/z", meaning="bits per pixel of z", measured=(TRAIN, VAL)),
+    "distortion": Metric(
+        "distortion",
+        text="distortion {:.6f}",
+        digits=6,
+        tag="rd/distortion",
+        meaning="mse on [0, 1] images, or 1 − ms_ssim",
+        measured=(TRAIN, VAL),
+    ),
+    "psnr_db": Metric(
+        "PSNR, dB",
+        text="PSNR {:.2f} dB",
+        digits=3,
+        tag="quality/psnr_db",
+        meaning="dB, mean over images",
+        measured=(TRAIN, VAL),
+    ),
+    "ms_ssim": Metric(
+        "MS-SSIM",
+        text="MS-SSIM {:.4f}",
+        digits=5,
+        tag="quality/ms_ssim",
+        meaning="in [0, 1], mean over images of at least 161 pixels a side",
+        measured=(VAL,),
+    ),
+    "gradient_norm": Metric("gradient norm", tag="optim/gradient_norm", meaning="global norm before clipping"),
+    "learning_rate": Metric("learning rate", tag="optim/learning_rate"),
+    "nonfinite": Metric(
+        "skipped steps",
+        digits=0,
+        tag="optim/nonfinite",
+        meaning="steps skipped since the start because a gradient was not finite",
+    ),
+    "images_per_s": Metric(
+        "images/s",
+        text="{:.1f} images/s",
+        digits=1,
+        tag="speed/images_per_s",
+        meaning="training patches per second, all workers",
+    ),
+    "input_wait": Metric(
+        "input wait",
+        text="waiting {:.0%}",
+        tag="speed/input_wait",
+        meaning="share of the time that training waits for data",
+    ),
+    "all_reduce": Metric(
+        "all-reduce",
+        tag="speed/all_reduce",
+        meaning="share of the time that this worker waits for the sum of gradients",
+    ),
+    "skipped": Metric(
+        "skipped samples",
+        digits=0,
+        tag="data/skipped",
+        meaning="samples skipped since the start because they are unusable or too small",
+    ),
+    "lost_shards": Metric(
+        "lost shards",
+        digits=0,
+        tag="data/lost_shards",
+        meaning="shard visits since the start that ended early because the shard cannot be read",
+    ),
+    "images": Metric("images", digits=0, meaning="number of images measured"),
+    "psnr_db_of_mean_mse": Metric("PSNR of mean MSE", digits=3),
+    "ms_ssim_db": Metric("MS-SSIM, dB", digits=3, meaning="-10 · log10(1 − MS-SSIM)"),
+    "encode_seconds": Metric("encode, s", digits=3),
+    "decode_seconds": Metric("decode, s", digits=3),
+    "estimated_bpp": Metric("estimated bpp"),
+}
+
+RESULT = ("loss", "bpp", "psnr_db", "ms_ssim")  # the short summary of a finished run
+
+
+def measured_in(split: str) -> tuple[str, ...]:
+    """The names of the metrics that the graph measures for each image of a split, in the order of the table."""
+    return tuple(name for name, metric in METRICS.items() if split in metric.measured)
+
+
+def describe(values: Mapping[str, Any], names: Iterable[str] = tuple(METRICS)) -> str:
+    """Metrics as one line of text: `loss 1.234  bpp 0.456  PSNR 30.12 dB`."""
+    return "  ".join(METRICS[name].text.format(values[name]) for name in names if name in values and METRICS[name].text)
+
+
+def cell(name: str, value: Any) -> str:
+    """A value as text for a table; empty for None."""
+    return "" if value is None else f"{value:.{METRICS[name].digits}f}"

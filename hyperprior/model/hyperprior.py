@@ -1,0 +1,125 @@
+"""The scale hyperprior: four transforms and two densities.
+
+Ballé, Minnen, Singh, Hwang, Johnston: "Variational image compression with a scale hyperprior", ICLR 2018.
+
+        x ──g_a──► y ──────────quantise──► ŷ ──g_s──► x̂
+                   │                       ▲
+                  |·|                      │ N(0, σ²) ∗ U(−½, ½)
+                   │                       │
+                  h_a──► z ──quantise──► ẑ ──h_s──► log σ
+                                         ▲
+                                         │ deep factorised prior ∗ U(−½, ½)
+
+In training, "quantise" adds uniform noise. Elsewhere it rounds: y to integers, and z to integers plus the median of its
+prior.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import tensorflow as tf
+import tensorflow_compression as tfc
+
+from hyperprior import config
+from hyperprior.config import DOWNSAMPLING
+from hyperprior.model import priors, transforms
+
+
+class Forward(NamedTuple):
+    """`x_hat`: [B, H, W, 3], not clipped; `bits_y`, `bits_z`: [B]; `y`, the latents that `bits_y` counts, and
+    `log_scales`: [B, H/16, W/16, M]."""
+
+    x_hat: tf.Tensor
+    bits_y: tf.Tensor
+    bits_z: tf.Tensor
+    y: tf.Tensor
+    log_scales: tf.Tensor
+
+
+class ScaleHyperprior(tf.Module):
+    """The model. Build it inside the strategy's scope, after `tf.random.set_seed`, which fixes its weights.
+
+    `precision`: the type of the transforms in training: float32, mixed_bfloat16 or mixed_float16.
+    """
+
+    def __init__(self, settings: config.Model, precision: str = "float32"):
+        super().__init__()
+        n, m, h = settings.num_filters, settings.latent_channels, settings.hyper_channels
+        dtype = precision.removeprefix("mixed_")
+        self.g_a = transforms.analysis(n, m, dtype)
+        self.g_s = transforms.synthesis(n, m, dtype)
+        self.h_a = transforms.hyper_analysis(m, h, dtype)
+        self.h_s = transforms.hyper_synthesis(m, h, dtype)
+        self.prior = priors.factorized_prior(h)
+        self._settings = settings
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """Every variable under a stable name such as `g_a/0/kernel` or `prior/matrix_0`."""
+        named = {path.lstrip("/"): variable for path, variable in transforms.named_variables(self)}
+        for variable in self.prior.base.trainable_variables:
+            named["prior/" + variable.name.split("/")[-1].split(":")[0]] = variable
+        return named
+
+    def latent_shapes(self, height: int | tf.Tensor, width: int | tf.Tensor) -> tuple[tuple, tuple]:
+        """The shapes of one image's y and z, for sides that are multiples of 64."""
+        return (
+            (height // 16, width // 16, self._settings.latent_channels),
+            (height // 64, width // 64, self._settings.hyper_channels),
+        )
+
+    def train(self, x: tf.Tensor, noise_y: tf.Tensor, noise_z: tf.Tensor, proxy: str = "noise") -> Forward:
+        """The differentiable forward pass, where noise in [−½, ½) of the latents' shapes replaces quantisation.
+
+        With `proxy` "rounded", g_s gets the rounded y, and the gradient ignores the rounding. The rates are still
+        those of y and z with noise.
+        """
+        y = self.g_a(x)
+        z = self.h_a(tf.abs(y))
+        y_hat = y + tf.stop_gradient(tf.round(y) - y) if proxy == "rounded" else y + noise_y
+        return self._decode(y + noise_y, z + noise_z, y_hat)
+
+    def round(self, x: tf.Tensor, z_offset: tf.Tensor) -> Forward:
+        """The forward pass as the codec computes it, in float32. `z_offset`: the result of `z_offset()`."""
+        y = self.g_a(x, precise=True)
+        z = self.h_a(tf.abs(y), precise=True)
+        y_hat = tf.round(y)
+        return self._decode(y_hat, tf.round(z - z_offset) + z_offset, y_hat, precise=True)
+
+    def reconstruct(self, x: tf.Tensor, z_offset: tf.Tensor) -> tuple[tf.Tensor, Forward]:
+        """(x̂, forward pass) of [B, H, W, 3] images of any size. x̂ has the values of 8-bit pixels, in [0, 1]."""
+        height, width = tf.unstack(tf.shape(x)[1:3])
+        out = self.round(pad(x), z_offset)
+        x_hat = tf.clip_by_value(out.x_hat[:, :height, :width], 0.0, 1.0)
+        return tf.round(x_hat * 255.0) / 255.0, out
+
+    @tf.function(autograph=False)
+    def z_offset(self) -> tf.Tensor:
+        """The median of each channel's prior, modulo 1: [hyper_channels]. It takes many iterations: call it rarely."""
+        return tfc.quantization_offset(self.prior)
+
+    def scales(self, log_scales: tf.Tensor) -> tf.Tensor:
+        """Standard deviations, clipped to the table's range. Outside it, only gradients that lead back into it pass."""
+        low, high = math.log(self._settings.scale_min), math.log(self._settings.scale_max)
+        return tf.exp(tfc.upper_bound(tfc.lower_bound(log_scales, low), high))
+
+    def _decode(self, y: tf.Tensor, z: tf.Tensor, y_hat: tf.Tensor, precise: bool = False) -> Forward:
+        """Computes the rates from y and z, and the pixels from y_hat."""
+        log_scales = self.h_s(z, precise)
+        return Forward(
+            x_hat=self.g_s(y_hat, precise),
+            bits_y=priors.gaussian_bits(y, self.scales(log_scales)),
+            bits_z=priors.factorized_bits(self.prior, z),
+            y=y,
+            log_scales=log_scales,
+        )
+
+
+def pad(x: tf.Tensor) -> tf.Tensor:
+    """[B, H, W, C] with the last row and column repeated until both sides are multiples of 64."""
+    for axis in (1, 2):
+        size = tf.shape(x)[axis]
+        padded = -(-size // DOWNSAMPLING) * DOWNSAMPLING
+        x = tf.gather(x, tf.minimum(tf.range(padded), size - 1), axis=axis)
+    return x

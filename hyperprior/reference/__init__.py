@@ -1,0 +1,1 @@
+"""The references that models are compared with: the codecs of Pillow, and published curves."""

@@ -1,0 +1,216 @@
+"""The files of runs and models. A file is complete or absent. Arrays go into one verified file.
+
+A new file gets a temporary name, is checked, and then renamed. So a reader sees the old file or the whole new one.
+Arrays go into an `.npz` file: each array under its name, and a JSON object under `state`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn, Optional
+
+import numpy as np
+
+from hyperprior.config import Config
+from hyperprior.errors import ConfigError, StorageError
+
+Arrays = dict[str, np.ndarray]
+
+# With these errors the user must choose another place. Other errors, such as a full disk, may go away.
+WRONG_PLACE = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+
+
+@dataclasses.dataclass
+class TrainedWeights:
+    """The weights of a trained model under the model's names, with the config and the step of the training."""
+
+    arrays: Arrays
+    settings: Config
+    step: int
+
+
+# Whole files ----------------------------------------------------------------------------------------------
+
+
+def write_whole(
+    path: Path, write: Callable[[IO[bytes]], object], check: Optional[Callable[[Path], None]] = None
+) -> None:
+    """Writes the whole file, or leaves `path` as it was. Raises ConfigError, StorageError.
+
+    `check` reads the temporary file before it is renamed. It raises OSError or BadZipFile if the file is damaged.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # a kill may leave this file; the next write replaces it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if check:
+            check(temporary)
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the rename itself durable
+        finally:
+            os.close(folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise_cannot_write(
+            error,
+            path,
+            retry="files that were complete before are intact: free the disk and start the same command again",
+            elsewhere="choose another place",
+        )
+
+
+def raise_cannot_write(error: Exception, path: Path, *, retry: str, elsewhere: str) -> NoReturn:
+    """Raises ConfigError with `elsewhere` if `path` cannot hold a file, else StorageError with `retry`."""
+    if isinstance(error, OSError) and error.errno in WRONG_PLACE:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; {elsewhere}") from error
+    raise StorageError(f"{path} cannot be written: {error}; {retry}") from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    write_whole(path, lambda file: file.write(data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8. Bytes of a file name that are not UTF-8 become escapes."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+# Arrays ---------------------------------------------------------------------------------------------------
+
+
+def save_arrays(
+    path: Path, arrays: Arrays, state: dict[str, Any], *, file_format: int | str, compressed: bool = False
+) -> None:
+    """Writes arrays and their `state` into one file. Raises ConfigError, StorageError."""
+    text = json.dumps({"format": file_format, "arrays": list(arrays), **state}).encode()
+    buffer = io.BytesIO()  # numpy does not report write errors of a file
+    save = np.savez_compressed if compressed else np.savez
+    save(buffer, state=np.frombuffer(text, np.uint8), **arrays)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()), check=verify_zip)
+
+
+def verify_zip(path: Path) -> None:
+    """Checks every entry against its CRC-32. Raises BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+
+
+def load_arrays(path: Path, file_format: int | str) -> tuple[Arrays, dict[str, Any]]:
+    """(arrays, state) of a file that `save_arrays` wrote.
+
+    Raises ValueError with the reason if the file is damaged, ConfigError if the file has another format.
+    """
+    try:
+        verify_zip(path)
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        state = json.loads(arrays.pop("state").tobytes())
+        if list(arrays) != state.pop("arrays"):  # the directory of the zip has no checksum
+            raise ValueError("entries are missing")
+    except Exception as error:  # the readers raise many types for a damaged file
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if state.get("format") != file_format:
+        mismatch = f"{path} has format {state.get('format')}; this version reads format {file_format}"
+        raise ConfigError(f"{mismatch}: give a file from `hyperprior export`, or use the version that wrote this file")
+    return arrays, state
+
+
+def with_prefix(prefix: str, arrays: Arrays) -> Arrays:
+    """The arrays whose names begin with `prefix`, under their names without the prefix."""
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def assign_arrays(variables: dict[str, Any], arrays: Arrays, origin: str) -> None:
+    """Assigns each array to the TensorFlow variable of the same name.
+
+    Raises ConfigError before it assigns anything. The error names the first entry that is missing, unexpected or of
+    another shape, with the expected shape and the array's shape.
+    """
+    for name, variable in variables.items():
+        if name not in arrays:
+            raise ConfigError(
+                f"{origin} has no `{name}` {tuple(variable.shape)}; it holds another model or optimizer: "
+                f"copy its keys of `model` and `train` into this config"
+            )
+        if tuple(variable.shape) != arrays[name].shape:
+            raise ConfigError(
+                f"{origin}: `{name}` has shape {arrays[name].shape}; this config expects "
+                f"{tuple(variable.shape)}: copy that run's keys of `model` into this config"
+            )
+    if extra := sorted(arrays.keys() - variables.keys()):
+        raise ConfigError(
+            f"{origin} holds `{extra[0]}`, which this config's model or optimizer does not have: "
+            f"copy that run's keys of `model` and `train` into this config"
+        )
+    for name, variable in variables.items():
+        variable.assign(arrays[name])
+
+
+def fingerprint(arrays: Arrays) -> str:
+    """The first 8 bytes of a SHA-256 over names, types, shapes and values, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+# One process in a directory -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock_directory(folder: Path) -> Iterator[None]:
+    """Locks a directory for this process. Raises ConfigError if another process holds the lock.
+
+    Makes the directory if it is missing. At the end it removes a directory that it made if only the lock is in it.
+    """
+    lock, is_new = folder / "lock", not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise ConfigError(f"run directory {folder} cannot be used: {error.strerror}; choose another --run") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError("the process that held the lock file removed it")
+        except OSError as error:
+            raise ConfigError(
+                f"another process is working in {folder}; wait for it or choose another directory"
+            ) from error
+        try:
+            yield
+        finally:
+            if is_new and list(folder.iterdir()) == [lock]:
+                lock.unlink()
+                folder.rmdir()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of the directory now."""
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,87 @@
+"""The checkpoints of a run: the last few steps, each in one file, and the best weights.
+
+A checkpoint holds every variable under its stable name. The rest of the run's state (step, cursors, best validation,
+config, environment) is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+from hyperprior import config
+from hyperprior.errors import ConfigError
+from hyperprior.storage import Arrays, TrainedWeights, load_arrays, save_arrays, with_prefix
+
+FORMAT = 1
+PATTERN = "step-*.npz"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}.npz"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in `folder`, in ascending order."""
+    return sorted(int(path.stem.split("-")[1]) for path in folder.glob(PATTERN))
+
+
+def best_path(folder: Path) -> Path:
+    return folder / "best.npz"
+
+
+def save(path: Path, arrays: Arrays, state: dict[str, Any]) -> None:
+    """Writes a checkpoint. Raises ConfigError, StorageError; `path` then keeps its old content."""
+    save_arrays(path, arrays, state, file_format=FORMAT)
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Deletes all but the newest `count` checkpoints. The best weights stay."""
+    for path in sorted(folder.glob(PATTERN))[:-count]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[Arrays, dict[str, Any]]]:
+    """Loads (arrays, state) of the newest intact checkpoint. Warns about damaged ones. None if there is no checkpoint.
+
+    Raises ConfigError if all checkpoints are damaged, because a new start would hide the loss.
+    """
+    paths = sorted(folder.glob(PATTERN), reverse=True)
+    for path in paths:
+        try:
+            return load_arrays(path, FORMAT)
+        except ValueError as error:
+            warn(f"{error}; using the checkpoint before it")
+    if paths:
+        raise ConfigError(f"none of the {len(paths)} checkpoints in {folder} is intact; move them away for a new run")
+    return None
+
+
+def load_best(folder: Path, step: int) -> Arrays:
+    """Loads the best weights. Raises ValueError with the reason if they are damaged or not of `step`."""
+    arrays, state = load_arrays(best_path(folder), FORMAT)
+    if state["step"] != step:
+        raise ValueError(f"{best_path(folder)} is of step {state['step']}, but the run's best step is {step}")
+    return arrays
+
+
+def best_weights(run: Path, warn: Callable[[str], None]) -> TrainedWeights:
+    """Loads the weights with the best validation loss, or else the last ones, averaged if the run keeps an average."""
+    newest = load_newest(run / "checkpoints", warn) if run.is_dir() else None
+    if newest is None:
+        raise ConfigError(f"{run} holds no run with a checkpoint; `hyperprior train CONFIG --run {run}` makes one")
+    arrays, state = newest
+    settings = config.validate(state["config"], str(run))
+    if state["run"]["best_loss"] is not None:
+        step = state["run"]["best_step"]
+        try:
+            best = load_best(run / "checkpoints", step)
+        except ValueError as error:
+            warn(f"{error}; the last weights are used instead of the best")
+        else:
+            return TrainedWeights(with_prefix("model/", best), settings, step)
+    last = {**with_prefix("model/", arrays), **with_prefix("optimizer/average/", arrays)}
+    return TrainedWeights(last, settings, state["run"]["step"])

@@ -1,0 +1,250 @@
+"""The distribution strategy, and this worker's place in it. TF_CONFIG lists the workers; without it there is one.
+
+The rest of the package gets everything about distribution from here: the number of replicas, this worker's lanes of
+the global batch, the chief, sums over workers, and checks that the workers agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Optional, TypeVar
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy
+from tensorflow.python.util import _pywrap_util_port
+
+from hyperprior import config
+from hyperprior.errors import ConfigError, HyperpriorError, LostWorker, find_error_type
+
+T = TypeVar("T")
+
+
+class World:
+    """The `strategy`, and all values that follow from it. A process makes one before any other use of TensorFlow."""
+
+    def __init__(self, settings: config.Distribute, batch_size: int):
+        cluster, self.worker = read_tf_config()
+        self.workers = max(len(cluster), 1)
+        if settings.intra_op_threads:
+            tf.config.threading.set_intra_op_parallelism_threads(settings.intra_op_threads)
+        gpus = tf.config.list_physical_devices("GPU")
+        if settings.cpu_devices:
+            tf.config.set_visible_devices([], "GPU")
+            gpus = []
+            cpu = tf.config.list_physical_devices("CPU")[0]
+            tf.config.set_logical_device_configuration(
+                cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(settings.cpu_devices)]
+            )
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        if gpus and settings.deterministic:
+            tf.config.experimental.enable_op_determinism()
+        self.device_kind = "GPU" if gpus else "CPU"
+        self.local_replicas = len(gpus) or settings.cpu_devices or 1
+        self.strategy: tf.distribute.Strategy
+        if self.workers > 1:
+            wait_for_workers(cluster, self.worker, settings.start_timeout)
+            with kill_after(settings.start_timeout), use_cpu_devices(settings.cpu_devices or 1):
+                self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        elif self.local_replicas > 1 or gpus:
+            devices = [f"{self.device_kind}:{i}" for i in range(self.local_replicas)]
+            self.strategy = tf.distribute.MirroredStrategy(devices)
+        else:
+            self.strategy = tf.distribute.get_strategy()
+        # Not local_replicas * workers: another worker may have a different config. It is compared later.
+        self.replicas = self.strategy.num_replicas_in_sync
+        self.batch_size, self.replica_batch = batch_size, batch_size // self.replicas
+
+    def check_batch(self) -> None:
+        """Raises ConfigError unless the replicas divide the global batch. Names the nearest sizes that fit."""
+        size, replicas = self.batch_size, self.replicas
+        if size % replicas:
+            below, above = size // replicas * replicas, (size // replicas + 1) * replicas
+            fitting = f"{below} and {above} are" if below else f"{above} is"
+            raise ConfigError(f"train.batch_size is {size}; it must be divisible by {replicas} replicas ({fitting})")
+
+    @property
+    def is_chief(self) -> bool:
+        return self.worker == 0
+
+    def lanes(self, batch_size: int) -> range:
+        """The positions of a global batch that this worker fills."""
+        each = batch_size // self.workers
+        return range(self.worker * each, (self.worker + 1) * each)
+
+    def place(self, parts: list[np.ndarray]) -> Any:
+        """Puts one array on each local replica. Returns a per-replica value."""
+        return self.strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group % len(parts)])
+        )
+
+    def place_once(self, array: np.ndarray) -> Any:
+        """Puts `array` on the first local replica and zeros on the others, so a sum over replicas counts it once."""
+        return self.place([array] + [np.zeros_like(array)] * (self.local_replicas - 1))
+
+    def first(self, value: Any) -> tf.Tensor:
+        """The first local replica's copy of a value that is the same on all."""
+        return self.strategy.experimental_local_results(value)[0]
+
+    def sum_workers(self, array: np.ndarray) -> np.ndarray:
+        """Sums an integer array over workers. Its shape is the same on each."""
+        if self.workers == 1:
+            return array
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, self.place_once(array), axis=None).numpy()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collects the `value` of every worker, in order of workers. It must be JSON data."""
+        if self.workers == 1:
+            return [value]
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        sizes = np.zeros(self.workers, np.int64)
+        sizes[self.worker] = len(text)
+        sizes = self.sum_workers(sizes)
+        rows = np.zeros((self.workers, sizes.max()), np.int64)
+        rows[self.worker, : len(text)] = text
+        rows = self.sum_workers(rows)
+        return [json.loads(row[:size].astype(np.uint8).tobytes()) for row, size in zip(rows, sizes)]
+
+    def on_every_worker(self, action: Callable[[], T]) -> T:
+        """Runs `action()`. If it raises a HyperpriorError on one worker, all raise it. All workers must call this."""
+        if self.workers == 1:
+            return action()
+        error: Optional[HyperpriorError] = None
+        try:
+            result = action()
+        except HyperpriorError as raised:
+            error = raised
+        self.raise_if_any_failed(error)
+        return result
+
+    def raise_if_any_failed(self, error: Optional[HyperpriorError]) -> None:
+        """Raises the first `error` of any worker on all workers. All workers must call this."""
+        if self.workers == 1:
+            if error:
+                raise error
+            return
+        own_failure = {"type": type(error).__name__, "message": str(error)} if error else None
+        for worker, failure in enumerate(self.gather(own_failure)):
+            if failure:
+                raise find_error_type(failure["type"])(f"worker {worker}: {failure['message']}")
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raises ConfigError, on all workers, unless all have the same flat `values`. Names the differences."""
+        first, *others = self.gather(values)
+        for worker, other in enumerate(others, 1):
+            if different := [
+                f"{key} is {first[key]} and {other.get(key)}" for key in first if first[key] != other.get(key)
+            ]:
+                raise ConfigError(
+                    f"workers 0 and {worker} disagree: {'; '.join(different)}; give all workers the same config, "
+                    f"version, data and run directory"
+                )
+
+    def environment(self) -> dict[str, Any]:
+        """Everything besides (config, seed, step) that changes the bits of a training step. Checkpoints store it."""
+        return {
+            "tensorflow": tf.__version__,
+            "onednn": str(int(_pywrap_util_port.IsMklEnabled())),
+            "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count(),
+            "devices": f"{self.replicas} x {self.device_kind}",
+            "workers": self.workers,
+        }
+
+
+def wait_for_workers(cluster: list[str], own: int, seconds: int) -> None:
+    """Waits until every worker of `cluster` answers at its address. Raises LostWorker with those that do not.
+
+    TensorFlow would wait without a limit and block all Python threads. Until TensorFlow opens this worker's port, a
+    socket here answers on it. So an answer means that the worker has reached this point.
+    """
+    deadline = time.monotonic() + seconds
+    missing = dict(enumerate(cluster))
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", int(cluster[own].rpartition(":")[2])))
+            listener.listen(len(cluster))
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigError(
+                f"TF_CONFIG gives this worker the address {cluster[own]}, but it cannot listen there: {error}; "
+                f"give it HOST:PORT with a free port"
+            ) from error
+        while missing and time.monotonic() < deadline:
+            missing = {i: address for i, address in missing.items() if not is_reachable(address)}
+            if missing:
+                time.sleep(0.2)
+    if missing:
+        raise LostWorker(
+            f"no answer in {seconds} s (distribute.start_timeout) from "
+            f"{', '.join(f'worker {i} ({address})' for i, address in missing.items())} of {len(cluster)} workers; "
+            f"start the same command on all of them again"
+        )
+
+
+def is_reachable(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def kill_after(seconds: int) -> Iterator[None]:
+    """Kills the process with SIGALRM after `seconds` and prints the stack. This works in native code too."""
+    faulthandler.dump_traceback_later(seconds)
+    old_handler = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds + 1)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old_handler)
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def use_cpu_devices(count: int) -> Iterator[None]:
+    """Makes MultiWorkerMirroredStrategy use `count` logical CPU devices of each worker. Its default is one."""
+    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
+    original = extended._initialize_local_devices
+
+    def devices(self: Any, resolver: Any, worker_device: str) -> tuple[tuple[str, ...], str]:
+        return tuple(f"{worker_device}/device:CPU:{i}" for i in range(count)), "CPU"
+
+    if count > 1:
+        extended._initialize_local_devices = devices
+    try:
+        yield
+    finally:
+        extended._initialize_local_devices = original
+
+
+def read_tf_config() -> tuple[list[str], int]:
+    """Reads (addresses of all workers, index of this worker) from TF_CONFIG. Raises ConfigError if it is malformed."""
+    text = os.environ.get("TF_CONFIG")
+    if not text:
+        return [], 0
+    try:
+        tree = json.loads(text)
+        cluster, task = tree.get("cluster", {}), tree.get("task", {})
+        chiefs, workers = cluster.get("chief", []), cluster.get("worker", [])
+        if not chiefs and not workers:
+            return [], 0
+        index = int(task["index"])
+        if task["type"] not in ("chief", "worker") or not 0 <= index < len(cluster[task["type"]]):
+            raise ConfigError(f"TF_CONFIG's task is {task}; it must be a chief or worker that its cluster lists")
+        return [*chiefs, *workers], index + (len(chiefs) if task["type"] == "worker" else 0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"TF_CONFIG is {text!r}: it must be JSON with cluster and task, as TensorFlow documents ({error!r})"
+        ) from error

@@ -1,0 +1,236 @@
+"""Writes the model directory of a run: all that a decoder needs. Tables are built only here, never by a decoder.
+
+MODEL/
+  model.npz      weights, range-coding tables, integer h_s, config and fingerprint; `codec.load` reads it
+  model.json     only the description, for people
+  saved_model/   the same codec as a TensorFlow SavedModel, for serving
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_compression as tfc
+
+from hyperprior import __version__, storage
+from hyperprior.codec import box, codec, exact, serving, tables
+from hyperprior.codec.codec import Codec
+from hyperprior.data import splits, stream
+from hyperprior.errors import ConfigError, DataError
+from hyperprior.model.hyperprior import ScaleHyperprior, pad
+from hyperprior.storage import Arrays, TrainedWeights
+from hyperprior.terminal import Terminal
+from hyperprior.training import checkpoint
+
+CONTENTS = (box.WEIGHTS, "model.json", "saved_model")
+COST_IMAGES = 8
+
+
+class Exported(NamedTuple):
+    """A codec, its arrays, and their description."""
+
+    codec: Codec
+    arrays: Arrays
+    description: dict[str, Any]
+
+
+def export(run: Path, out: Optional[Path], terminal: Terminal, force: bool = False) -> dict[str, Any]:
+    """Writes the model directory of a run, by default RUN/model. Returns its path, fingerprint, step and so on.
+
+    If `out` ends in .npz, writes one compressed file instead, half as large, with float16 weights and nothing for
+    serving. Does nothing if `out` already is this run's export.
+
+    Raises ConfigError if the run holds no checkpoint or cannot be made exact. Without `force`, also raises it if `out`
+    holds another model, because files may need that model. Raises StorageError if `out` cannot be written. After an
+    error, `out` is unchanged.
+    """
+    if out and out.suffix == ".npz":
+        return export_file(run, out, terminal, force)
+    force = force or out is None  # RUN/model belongs to the run
+    out = out or run / "model"
+    if out.is_symlink() or not out.name:
+        out = out.resolve()
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(CONTENTS)):
+        raise ConfigError(f"{out} exists and holds more than an exported model; choose another --out")
+    trained = checkpoint.best_weights(run, terminal.warn)
+    weights = storage.fingerprint(trained.arrays)
+    with contextlib.suppress(ConfigError, DataError):
+        is_whole = (out / "model.json").is_file() and (out / "saved_model" / "saved_model.pb").is_file()
+        if is_whole and (existing := codec.load(out)).info["weights"] == weights:
+            terminal.say(f"model    {out}, {existing.fingerprint}: exported already")
+            return {"model": str(out), "fingerprint": existing.fingerprint, **existing.info}
+
+    check_replacement(out / box.WEIGHTS, weights, force)
+    exported = make_exported(trained, weights, str(out))
+    try:
+        with replace_directory(out) as folder:
+            save_exported(folder / box.WEIGHTS, exported)
+            storage.write_text(folder / "model.json", json.dumps(exported.description, indent=2) + "\n")
+            serving.save(exported.codec, folder / "saved_model")
+    except (OSError, tf.errors.OpError) as error:
+        storage.raise_cannot_write(
+            error,
+            out,
+            retry="free the disk or choose another --out, and export again",
+            elsewhere="choose another --out",
+        )
+    return report_exported(out, exported, terminal)
+
+
+def export_file(run: Path, out: Path, terminal: Terminal, force: bool) -> dict[str, Any]:
+    """Writes one file with float16 weights."""
+    trained = checkpoint.best_weights(run, terminal.warn)
+    weights = storage.fingerprint(trained.arrays)
+    check_replacement(out, weights, force)
+    float16 = {name: array.astype(np.float16) for name, array in trained.arrays.items()}
+    rounded = dataclasses.replace(trained, arrays={name: array.astype(np.float32) for name, array in float16.items()})
+    exported = make_exported(rounded, weights, str(out), float16)
+    save_exported(out, exported, compressed=True)
+    facts = report_exported(out, exported, terminal)
+    terminal.say(f"         float16 weights make another model: it and {run}/model cannot read each other's files")
+    return facts
+
+
+def check_replacement(file: Path, weights: str, force: bool) -> None:
+    """Raises ConfigError if `file` holds a model with other weights: only that model can read the files it wrote."""
+    if not file.exists() or force:
+        return
+    description = None
+    with contextlib.suppress(DataError):
+        description = box.read_description(file)
+    if not description or description.get("weights") != weights:
+        current = f"model {description['fingerprint']}" if description else "something else"
+        raise ConfigError(
+            f"{file} holds {current}, which its .hyp files need; choose another --out, or replace it with --force"
+        )
+
+
+@contextlib.contextmanager
+def replace_directory(out: Path) -> Iterator[Path]:
+    """Yields a new directory, which replaces `out` at the end. If anything fails, `out` is unchanged."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+    new, old = folder / "new", folder / "old"
+    try:
+        new.mkdir()
+        yield new
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_exported(path: Path, exported: Exported, *, compressed: bool = False) -> None:
+    storage.save_arrays(path, exported.arrays, exported.description, file_format=box.FORMAT, compressed=compressed)
+
+
+def make_exported(trained: TrainedWeights, weights: str, origin: str, stored: Optional[Arrays] = None) -> Exported:
+    """Makes the codec of trained weights. `stored`: the weights in the types in which the file keeps them."""
+    model = ScaleHyperprior(trained.settings.model)
+    storage.assign_arrays(model.named_variables(), trained.arrays, origin)
+    arrays = codec_arrays(model, trained)
+    # The file keeps only the integers of h_s.
+    arrays |= {name: array for name, array in (stored or {}).items() if not name.startswith("h_s/")}
+    info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": __version__}
+    made = Codec(arrays, trained.settings, info, origin)
+    info["exactness"] = measure_cost(model, made)
+    description = {
+        "format": box.FORMAT,
+        "fingerprint": made.fingerprint,
+        "info": info,
+        "config": trained.settings.to_dict(),
+    }
+    return Exported(made, arrays, description)
+
+
+def report_exported(out: Path, exported: Exported, terminal: Terminal) -> dict[str, Any]:
+    """Prints the facts about an export, and returns them."""
+    info, fingerprint = exported.description["info"], exported.description["fingerprint"]
+    terminal.say(f"model    {out}, {fingerprint}, weights of step {info['step']}")
+    terminal.say(f"         {describe_cost(info['exactness'])}")
+    return {"model": str(out), "fingerprint": fingerprint, **info}
+
+
+def codec_arrays(model: ScaleHyperprior, trained: TrainedWeights) -> Arrays:
+    """Makes all arrays of a `Codec`. Raises ConfigError if weights are not finite or too large."""
+    for name, array in trained.arrays.items():
+        if not np.isfinite(array).all():
+            raise ConfigError(
+                f"`{name}` of step {trained.step} is not finite: the run diverged; "
+                f"train it again with a lower train.learning_rate"
+            )
+    settings = trained.settings.model
+    prior = tables.in_float64(model.prior)
+    z_offsets = exact.offsets(tfc.quantization_offset(prior).numpy())
+    built = tables.build(prior, exact.offset_values(z_offsets), settings)
+    arrays = {name: array for name, array in trained.arrays.items() if not name.startswith("h_s/")}
+    for i, (kernel, bias) in enumerate(exact.integers(model.h_s, settings)):
+        arrays |= {f"h_s/{i}/kernel": kernel, f"h_s/{i}/bias": bias}
+    return {**arrays, "z_offsets": z_offsets, **{f"tables/{name}": array for name, array in built._asdict().items()}}
+
+
+# The cost of exactness ------------------------------------------------------------------------------------
+
+
+def measure_cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
+    """Measures the rate that integers and tables cost on a few held-out images. The distortion is the same.
+
+    Returns bits per pixel: the float model's estimate, the estimate with integer h_s, and the size of real files.
+    """
+    pixels, estimate, exact_estimate, real = 0, 0.0, 0.0, 0
+    try:
+        images = load_held_out_images(made)
+        if not images:
+            return {"images": 0, "reason": "the run has no held-out images, or none that can be used"}
+        offset = model.z_offset()
+        for image in images:
+            out = model.round(pad(tf.constant(image[None], tf.float32) / 255.0), offset)
+            file = made.compress(image)
+            pixels += image.shape[0] * image.shape[1]
+            estimate += float(out.bits_y[0] + out.bits_z[0])
+            exact_estimate += made.estimated_bits(file)
+            real += 8 * len(file)
+    except DataError as error:
+        return {"images": 0, "reason": str(error)}
+    values = {"bpp_float": estimate, "bpp_exact": exact_estimate, "bpp_file": real}
+    return {"images": len(images), **{name: bits / pixels for name, bits in values.items()}}
+
+
+def load_held_out_images(made: Codec) -> list[np.ndarray]:
+    """Loads the first COST_IMAGES usable images of the run's val or test split, [H, W, 3] uint8. Raises DataError."""
+    data = made.config.data
+    opened = splits.open_splits(data, made.config.train.batch_size, count=False)
+    split = opened.val if opened.val.images else opened.test
+    images: list[np.ndarray] = []
+    with contextlib.closing(stream.eval_batches(split, data, range(1), 1)) as places:
+        for (place,) in places:
+            if len(images) == COST_IMAGES:
+                break
+            if place.weight:
+                images.append(place.image)
+    return images
+
+
+def describe_cost(cost: dict[str, Any]) -> str:
+    if not cost["images"]:
+        return f"the cost of exactness was not measured: {cost.get('reason', 'no image could be used')}"
+    share = cost["bpp_exact"] / cost["bpp_float"] - 1.0
+    return (
+        f"integer h_s costs {share:+.3%} of the rate; files take {cost['bpp_file']:.4f} bpp, estimate "
+        f"{cost['bpp_float']:.4f} ({cost['images']} held-out images)"
+    )

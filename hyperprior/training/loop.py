@@ -1,0 +1,354 @@
+"""The training job: resume, train, validate, save checkpoints, stop, and measure the result.
+
+A run is a pure function of (config, seed, step). Every decision here depends on the step and on numbers that all
+workers share, never on the clock. Only the chief writes files and prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from hyperprior import __version__, storage
+from hyperprior.config import Config, flatten, render
+from hyperprior.data.lanes import Cursor
+from hyperprior.data.splits import open_splits
+from hyperprior.data.stream import Counts
+from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, LostWorker, Stopped
+from hyperprior.storage import Arrays
+from hyperprior.terminal import Terminal, Track
+from hyperprior.training import checkpoint, resume, runs
+from hyperprior.training.distribute import World
+from hyperprior.training.feed import Chunk, Feed
+from hyperprior.training.progress import Progress
+from hyperprior.training.resume import State
+from hyperprior.training.steps import build_model, make_train_steps
+from hyperprior.training.stop import StopRequest
+from hyperprior.training.timetable import Timetable
+from hyperprior.training.validation import Evaluator
+from hyperprior.watch.pictures import Pictures
+
+CONFIG_HEAD = "# hyperprior "  # the first words of a config.yaml that a run wrote
+
+
+def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str, Any]]:
+    """Trains in the directory `run`, or resumes the run there. Returns the test result (results.json).
+
+    Workers that are not the chief return None.
+
+    Raises ConfigError, DataError, DivergedError, StorageError, LostWorker, or Stopped after a stop request. The run's
+    last checkpoint is then complete. All workers raise the same error, except a lost one.
+    """
+    with StopRequest() as stop, contextlib.ExitStack() as resources:
+        world = World(settings.distribute, settings.train.batch_size)
+        stop.install()
+        if not world.is_chief:
+            terminal = Terminal(quiet=True)
+
+        def take_directory() -> None:
+            check_directory(run)
+            if world.is_chief:
+                resources.enter_context(storage.lock_directory(run))
+
+        try:
+            world.check_same({**select_comparable(settings), "version": __version__, "tensorflow": tf.__version__})
+            world.check_batch()
+            world.on_every_worker(take_directory)
+            result = Trainer(settings, run, terminal, world, stop).run_to_end()
+        except tf.errors.OpError as error:
+            if world.workers == 1:
+                raise
+            reason = re.search("aborted by: (.*)", error.message)
+            raise LostWorker(
+                f"another worker ended or stopped answering ({reason[1][:200] if reason else type(error).__name__}); "
+                f"the checkpoints are intact: start the same command on all workers again"
+            ) from error
+    return result if world.is_chief else None
+
+
+def check_directory(run: Path) -> None:
+    """Raises ConfigError if `run` holds a config.yaml that no run wrote, because training would replace it."""
+    config = run / "config.yaml"
+    is_run = (run / "checkpoints").is_dir()
+    if config.is_file() and not is_run and not config.read_bytes().startswith(CONFIG_HEAD.encode()):
+        raise ConfigError(f"{config} is not the config of a run, and would be replaced; choose another --run")
+
+
+def select_comparable(settings: Config) -> dict[str, Any]:
+    """The settings that must be equal on all workers. Names of sources may differ if the data is the same."""
+    sources = ("data.train", "data.val", "data.test")
+    return {key: value for key, value in flatten(settings).items() if key not in sources}
+
+
+class Trainer:
+    def __init__(self, settings: Config, run: Path, terminal: Terminal, world: World, stop: StopRequest):
+        self.settings, self.run, self.terminal, self.world, self.stop = settings, run, terminal, world, stop
+        self.checkpoints = run / "checkpoints"
+        count = Timetable.needs_count(settings)
+        self.splits = world.on_every_worker(lambda: open_splits(settings.data, world.batch_size, count=count))
+        self.timetable = Timetable(settings, self.splits.train.images, bool(self.splits.val.images))
+        saved = world.on_every_worker(lambda: resume.load(run, settings, self.splits, world.environment(), terminal))
+        data = resume.describe_data(self.splits)
+        world.check_same({"data": data, "checkpoint of step": saved.state.step if saved else None})
+        with tf.device("CPU:0"):
+            stop.flag = tf.Variable(0.0, trainable=False)
+
+        def set_weights(model: Any) -> None:
+            if not saved:
+                self.set_first_weights(model)
+
+        self.model, self.optimizer = build_model(world, settings, self.timetable.total, set_weights)
+        self.variables = {
+            **{f"model/{name}": v for name, v in self.model.named_variables().items()},
+            **{f"optimizer/{name}": v for name, v in self.optimizer.named_variables().items()},
+        }
+        self.state = saved.state if saved else State([Cursor()] * world.batch_size)
+        if saved:
+            origin = str(self.checkpoints)
+            world.on_every_worker(lambda: storage.assign_arrays(self.variables, saved.arrays, origin))
+            resume.forget_lost_best(self.checkpoints, self.state.best, terminal.warn)
+            world.check_same({"best step": self.state.best.step})
+        self.evaluator = Evaluator(world, self.model, settings, stop)
+        world.on_every_worker(self.check_held_out)
+        self.train_steps = make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
+
+    def set_first_weights(self, model: Any) -> None:
+        self.world.on_every_worker(lambda: resume.set_first_weights(model, self.settings, self.terminal.warn))
+        weights = {name: variable.numpy() for name, variable in model.named_variables().items()}
+        self.world.check_same({"weights to start from": storage.fingerprint(weights)})
+
+    def check_held_out(self) -> None:
+        self.evaluator.check_split("val", self.splits.val)
+        self.evaluator.check_split(self.splits.test_name, self.splits.test)
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Trains the remaining steps, and returns the result."""
+        step = self.state.step
+        result = runs.read_result(self.run) if step and self.is_finished() else None
+        if result and result["trained_steps"] == step:
+            self.terminal.say(f"{self.run} is done: {step} steps")
+            return result
+        self.announce_run()
+        self.write_file("config.yaml", f"{CONFIG_HEAD}{__version__}, resolved\n{render(self.settings)}")
+        with contextlib.closing(self.make_progress()) as self.progress:
+            self.progress.report.describe_run(self.settings, step)
+            try:
+                with self.terminal.track("training", self.timetable.total, step) as track:
+                    self.loop(track)
+                result = self.evaluate()
+            except HyperpriorError as error:
+                self.progress.report.write_record("ended", self.state.step, code=error.exit_code, reason=str(error))
+                raise
+        self.write_file("results.json", json.dumps(result, indent=2) + "\n")
+        return result
+
+    def make_progress(self) -> Progress:
+        count = self.settings.summaries.num_images if self.splits.val.images else 0
+        images = functools.partial(self.evaluator.read_images, self.splits.val)
+        pictures = Pictures(self.model, self.settings.loss, images, count)
+        return Progress(self.world, self.settings, self.run, self.state, pictures, self.terminal)
+
+    # The loop ---------------------------------------------------------------------------------------------
+
+    def loop(self, track: Track) -> None:
+        """Trains to the end. If a worker must stop earlier, saves a checkpoint and raises the reason."""
+        state, progress, is_due = self.state, self.progress, self.timetable.is_due
+        feed = Feed(
+            *(self.world, self.splits.train, self.settings, self.timetable),
+            *(state.cursors, state.step, self.stop, self.terminal),
+        )
+        self.stop.in_loop = True
+        progress.restart_clock()
+        with contextlib.closing(feed):
+            stopped = False
+            if self.needs_validation_first():
+                stopped = not self.validate(track)
+                self.save_checkpoint()
+            while not stopped and not self.is_finished():
+                progress.profile()
+                stopped = self.train_chunk(feed.next_chunk(), track)
+                if is_due("scalars", state.step) and state.step > state.logged_step:
+                    progress.log_means(self.optimizer, feed.waited, track)
+                    feed.waited = 0.0
+                if not stopped and is_due("validate", state.step):
+                    stopped = not self.validate(track)
+                if not stopped and is_due("images", state.step):
+                    self.world.on_every_worker(lambda: progress.show_pictures(self.optimizer))
+                # Each new best needs a checkpoint, because the state must name the step in best.npz.
+                is_new_best = state.best.step == state.step
+                if stopped or is_due("checkpoint", state.step) or self.is_finished() or is_new_best:
+                    self.save_checkpoint()
+        if stopped:
+            self.raise_stopped(
+                f"stopped at step {state.step} of {self.timetable.total} with a checkpoint; start the same "
+                f"command again to continue"
+            )
+
+    def is_finished(self) -> bool:
+        patience = self.settings.train.early_stopping_patience
+        return self.state.step >= self.timetable.total or (patience is not None and self.state.best.stale >= patience)
+
+    def needs_validation_first(self) -> bool:
+        """Whether a stop interrupted a validation, or a new run starts from trained weights: they may stay the best."""
+        state = self.state
+        was_interrupted = state.step > state.validated_step
+        starts_from_trained = bool(self.settings.train.start_from) and not state.step and state.best.loss is None
+        return self.timetable.is_due("validate", state.step) and (was_interrupted or starts_from_trained)
+
+    def train_chunk(self, chunk: Chunk, track: Track) -> bool:
+        """Trains on a chunk. Returns True if a worker must stop. Raises DivergedError, DataError."""
+        state, world = self.state, self.world
+        result = self.train_steps(
+            world.place(chunk.images),
+            world.place_once(chunk.counts),
+            tf.constant(state.step, tf.int64),
+            tf.constant(state.failed),
+        )
+        done, failed, sums = int(result.done), int(result.failed), result.metrics.numpy()
+        if failed >= self.settings.train.nonfinite_limit():
+            self.raise_diverged(failed, state.step + done, world.gather(chunk.batches[done].keys))
+        if done:
+            self.progress.add_sums(sums, float(result.all_reduce))
+            state.step += done
+            state.failed = failed
+            state.nonfinite += done - int(sums[-1])
+            for lane, cursor in zip(world.lanes(world.batch_size), chunk.batches[done - 1].cursors):
+                state.cursors[lane] = cursor
+            counts = Counts(*map(int, result.counts.numpy()))
+            state.counts = state.counts.plus(counts)
+            if counts.bad or counts.lost:
+                self.progress.report_skips([skip for batch in chunk.batches[:done] for skip in batch.skipped])
+            track.update(state.step)
+            self.progress.check_input()
+        return bool(result.stopped)
+
+    def validate(self, track: Track) -> bool:
+        """Validates, saves new best weights and counts patience. Returns False if a stop interrupted it."""
+        state = self.state
+        began = time.perf_counter()
+        with self.optimizer.averaged_weights():
+            values = self.evaluator.compute_means(self.splits.val, self.progress.report_skip)
+            if values is None:
+                return False
+            state.validated_step = state.step
+            if state.best.update(values["loss"], state.step):
+                self.world.on_every_worker(self.write_best)
+        self.progress.report_validation(values, time.perf_counter() - began, track)
+        return True
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measures the weights with the best validation loss, or else the last ones, on the test split."""
+        best, step = self.state.best, self.state.step
+        weights: contextlib.AbstractContextManager[None] = self.optimizer.averaged_weights()
+        if best.loss is not None:
+            try:
+                arrays = checkpoint.load_best(self.checkpoints, best.step)
+            except ValueError as error:
+                self.terminal.warn(f"{error}; the result is from the last weights instead of the best")
+            else:
+                names = {f"model/{name}": v for name, v in self.model.named_variables().items()}
+                storage.assign_arrays(names, arrays, str(checkpoint.best_path(self.checkpoints)))
+                step, weights = best.step, contextlib.nullcontext()
+        self.world.check_same({"step of the best weights": step})
+        values: Optional[dict[str, float]] = {}
+        if self.splits.test.images:
+            with weights:
+                values = self.evaluator.compute_means(self.splits.test, self.progress.report_skip)
+        if values is None:
+            self.raise_stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
+        return {
+            **values,
+            "step": step,
+            "trained_steps": self.state.step,
+            "split": self.splits.test_name,
+            "split_images": self.splits.test.images,
+            "eval_crop": self.settings.data.eval_crop,
+            "lambda": self.settings.loss.lmbda,
+            "metric": self.settings.loss.metric,
+            "version": __version__,
+        }
+
+    def raise_stopped(self, message: str) -> NoReturn:
+        """Raises, on all workers, the reason why one of them stopped: an input error, or Stopped after a signal."""
+        self.world.raise_if_any_failed(self.stop.error)
+        raise Stopped(message)
+
+    def raise_diverged(self, failed: int, step: int, keys_of_workers: list[list[str]]) -> NoReturn:
+        """Raises DivergedError. The failed step changed no weights, and no checkpoint is written after it."""
+        keys = ", ".join(key for keys in keys_of_workers for key in keys)
+        repeats = f" {failed} times in a row, last" if failed > 1 else ""
+        raise DivergedError(
+            f"the loss or a gradient is not finite{repeats} at step {step}; the weights and "
+            f"checkpoints are from before it. Its samples: {keys}. Lower train.learning_rate, or "
+            f"look at these images"
+        )
+
+    # Files ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Saves a checkpoint with the cursors of all workers."""
+        cursors = np.zeros((self.world.batch_size, len(Cursor._fields)), np.int64)
+        for lane in self.world.lanes(self.world.batch_size):
+            cursors[lane] = self.state.cursors[lane]
+        self.state.cursors = [Cursor(*map(int, row)) for row in self.world.sum_workers(cursors)]
+        self.world.on_every_worker(self.write_checkpoint)
+
+    def write_checkpoint(self) -> None:
+        if not self.world.is_chief:
+            return
+        state = {
+            "run": self.state.to_json(),
+            "config": self.settings.to_dict(),
+            "data": resume.describe_data(self.splits),
+            "environment": self.world.environment(),
+            "version": __version__,
+        }
+        path = checkpoint.path_of(self.checkpoints, self.state.step)
+        checkpoint.save(path, values_of(self.variables), state)
+        checkpoint.keep_last(self.checkpoints, self.settings.train.keep_checkpoints)
+
+    def write_best(self) -> None:
+        if self.world.is_chief:
+            best = self.state.best
+            state = {"step": best.step, "loss": best.loss, "config": self.settings.to_dict()}
+            names = {name: variable for name, variable in self.variables.items() if name.startswith("model/")}
+            checkpoint.save(checkpoint.best_path(self.checkpoints), values_of(names), state)
+
+    def write_file(self, name: str, text: str) -> None:
+        """Writes a file of the run on the chief. If that fails, all workers raise the error."""
+
+        def write_text() -> None:
+            if self.world.is_chief:
+                storage.write_text(self.run / name, text)
+
+        self.world.on_every_worker(write_text)
+
+    def announce_run(self) -> None:
+        """Prints the run, its data, model, devices and length."""
+        state, splits, s, world = self.state, self.splits, self.settings, self.world
+        images = f"{splits.train.images} images in " if splits.train.images else ""
+        test = "is val" if splits.test_name == "val" else f"{splits.test.images} images"
+        parameters = sum(int(np.prod(v.shape)) for v in self.model.named_variables().values())
+        epochs = f" of {self.timetable.epoch_steps} an epoch" if self.timetable.epoch_steps else ""
+        for line in (
+            f"run      {self.run}, " + (f"resumed at step {state.step}" if state.step else "new"),
+            f"data     train {images}{len(splits.train.shards)} shards; val {splits.val.images} images; test {test}",
+            f"model    N={s.model.num_filters}, M={s.model.latent_channels}, {parameters:,} parameters, "
+            f"{s.train.precision}",
+            f"devices  {world.environment()['devices']}, {world.replica_batch} patches of "
+            f"{s.data.patch_size}x{s.data.patch_size} each, global batch {world.batch_size}",
+            f"length   {self.timetable.total} steps{epochs}",
+        ):
+            self.terminal.say(line)
+
+
+def values_of(variables: dict[str, tf.Variable]) -> Arrays:
+    return {name: variable.numpy() for name, variable in variables.items()}

@@ -1,0 +1,145 @@
+"""Adam, its learning rate, and the moving average of the weights, under the names of the model's variables.
+
+Keras's Adam does not fit. Its update needs a merge call, so it cannot run inside the tf.cond that keeps a non-finite
+gradient away from the weights. Its slots have no stable names, so a checkpoint cannot be checked against them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from hyperprior import config
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+LOSS_SCALE_START, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
+
+
+class Optimizer(tf.Module):
+    """Adam (Kingma and Ba, ICLR 2015) over named variables. Build it inside the strategy's scope.
+
+    With `loss_scaling` (float16) the caller multiplies the loss by `loss_scale`. A step with a non-finite gradient
+    halves the scale; 2,000 good steps double it.
+    """
+
+    def __init__(self, variables: dict[str, tf.Variable], settings: config.Train, total_steps: int):
+        super().__init__()
+        self.variables_by_name, self.settings, self.total_steps = variables, settings, total_steps
+
+        def make_slots(initial: bool = False) -> dict[str, tf.Variable]:
+            return {
+                name: tf.Variable(v if initial else tf.zeros_like(v), trainable=False) for name, v in variables.items()
+            }
+
+        self.mean, self.variance = make_slots(), make_slots()
+        self.average = make_slots(initial=True) if settings.ema else {}
+        self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.loss_scaling = settings.precision == "mixed_float16"
+        self.loss_scale = tf.Variable(LOSS_SCALE_START if self.loss_scaling else 1.0, trainable=False)
+        self.good_steps = tf.Variable(0, trainable=False, dtype=tf.int64)
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """All state, under stable names such as `adam_m/g_a/0/kernel`."""
+        named = {"updates": self.updates, "loss_scale": self.loss_scale, "good_steps": self.good_steps}
+        for kind, slots in (("adam_m", self.mean), ("adam_v", self.variance), ("average", self.average)):
+            named.update({f"{kind}/{name}": slot for name, slot in slots.items()})
+        return named
+
+    def learning_rate(self, step: tf.Tensor) -> tf.Tensor:
+        """The learning rate of the update from `step` to step + 1: float32 scalar."""
+        s = self.settings
+        step = tf.cast(step, tf.float32)
+        rate = tf.constant(s.learning_rate, tf.float32)
+        if s.schedule == "cosine":
+            share = tf.clip_by_value((step - s.warmup_steps) / max(self.total_steps - s.warmup_steps, 1), 0.0, 1.0)
+            low = s.final_learning_rate
+            rate = low + (s.learning_rate - low) * 0.5 * (1.0 + tf.cos(math.pi * share))
+        for boundary in s.decay_steps if s.schedule == "steps" else ():
+            rate = tf.where(step >= boundary, rate * s.decay_factor, rate)
+        if s.warmup_steps:
+            rate *= tf.minimum((step + 1.0) / s.warmup_steps, 1.0)
+        return rate
+
+    def apply(self, gradients: list[tf.Tensor], finite: tf.Tensor, dropped: tf.Tensor, step: tf.Tensor) -> None:
+        """Applies one update inside a replica, if `finite`. The gradients are already summed over replicas.
+
+        A `dropped` step changes nothing at all.
+
+        The fused kernel updates each replica's own copy. Equal gradients keep the copies equal.
+        """
+
+        def update() -> tf.Tensor:
+            count = tf.cast(self.updates + 1, tf.float32)
+            rate, power_1, power_2 = self.learning_rate(step), tf.pow(BETA_1, count), tf.pow(BETA_2, count)
+            updates = []
+            for (name, variable), gradient in zip(self.variables_by_name.items(), gradients):
+                adam = tf.raw_ops.ResourceApplyAdam(
+                    var=variable.handle,
+                    m=self.mean[name].handle,
+                    v=self.variance[name].handle,
+                    beta1_power=power_1,
+                    beta2_power=power_2,
+                    lr=rate,
+                    beta1=BETA_1,
+                    beta2=BETA_2,
+                    epsilon=EPSILON,
+                    grad=gradient,
+                )
+                if self.average:
+                    with tf.control_dependencies([adam]):
+                        average = self.average[name].handle
+                        old = tf.raw_ops.ReadVariableOp(resource=average, dtype=tf.float32)
+                        new = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=tf.float32)
+                        # The decay starts small: a fixed one would keep the initial weights for too long.
+                        decay = tf.minimum(self.settings.ema, count / (count + 9.0))
+                        adam = tf.raw_ops.AssignVariableOp(resource=average, value=new + decay * (old - new))
+                updates.append(adam)
+            with tf.control_dependencies([*updates, add_locally(self.updates, 1), *self._grow_loss_scale()]):
+                return tf.constant(True)
+
+        def lower_loss_scale() -> tf.Tensor:
+            with tf.control_dependencies(self._halve_loss_scale()):
+                return tf.constant(True)
+
+        def do_nothing() -> tf.Tensor:
+            return tf.constant(False)
+
+        # Two separate conditions: nested ones would pass every variable through both.
+        tf.cond(finite & ~dropped, update, do_nothing)
+        if self.loss_scaling:
+            tf.cond(~finite & ~dropped, lower_loss_scale, do_nothing)
+
+    def _grow_loss_scale(self) -> list[tf.Operation]:
+        if not self.loss_scaling:
+            return []
+        grown = (self.good_steps + 1) % LOSS_SCALE_GROWTH_STEPS
+        scale = tf.where(grown == 0, tf.minimum(self.loss_scale * 2.0, 2.0**24), tf.identity(self.loss_scale))
+        return [assign_locally(self.good_steps, grown), assign_locally(self.loss_scale, scale)]
+
+    def _halve_loss_scale(self) -> list[tf.Operation]:
+        no_steps = tf.constant(0, tf.int64)
+        return [assign_locally(self.good_steps, no_steps), assign_locally(self.loss_scale, self.loss_scale / 2.0)]
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside this context the model has its averaged weights, if any. Then its own come back, bit for bit."""
+        own = {name: self.variables_by_name[name].numpy() for name in self.average}
+        for name, average in self.average.items():
+            self.variables_by_name[name].assign(average.numpy())
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                self.variables_by_name[name].assign(value)
+
+
+def assign_locally(variable: tf.Variable, value: tf.Tensor) -> tf.Operation:
+    """Assigns in this replica only. The variable's own `assign` does not allow that inside a tf.cond."""
+    return tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+
+def add_locally(variable: tf.Variable, value: int) -> tf.Operation:
+    return tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=tf.constant(value, variable.dtype))

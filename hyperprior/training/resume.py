@@ -1,0 +1,152 @@
+"""Resumes a run: the state in a checkpoint, and the checks that it fits the config, data and machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from hyperprior import storage
+from hyperprior.codec import codec
+from hyperprior.config import Config, differences, validate
+from hyperprior.data.lanes import Cursor
+from hyperprior.data.splits import Splits
+from hyperprior.data.stream import Counts
+from hyperprior.errors import ConfigError
+from hyperprior.model import initial
+from hyperprior.model.hyperprior import ScaleHyperprior
+from hyperprior.storage import Arrays
+from hyperprior.terminal import Terminal
+from hyperprior.training import checkpoint
+
+
+@dataclasses.dataclass
+class Best:
+    """The best validation so far. Its weights are kept. `stale`: the number of validations since."""
+
+    loss: Optional[float] = None
+    step: int = 0
+    stale: int = 0
+
+    def update(self, loss: float, step: int) -> bool:
+        """Counts a validation. Returns True if it is the best so far."""
+        if self.loss is not None and loss >= self.loss:
+            self.stale += 1
+            return False
+        self.loss, self.step, self.stale = loss, step, 0
+        return True
+
+
+@dataclasses.dataclass
+class State:
+    """The state in a checkpoint, without the variables. `cursors`: after the last batch that was trained on."""
+
+    cursors: list[Cursor]
+    step: int = 0
+    counts: Counts = dataclasses.field(default_factory=Counts)  # of the input so far
+    nonfinite: int = 0  # steps skipped because a gradient was not finite
+    failed: int = 0  # non-finite steps in a row, up to the last step
+    validated_step: int = 0
+    best: Best = dataclasses.field(default_factory=Best)
+    course: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (bpp, PSNR in dB) of validations
+    logged_step: int = 0
+    sums: list[float] = dataclasses.field(default_factory=list)  # of the metrics since logged_step
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as flat JSON. Its names are the same in every version of the format."""
+        values = dataclasses.asdict(self)
+        best = values.pop("best")
+        counts = Counts(*values.pop("counts"))
+        return {
+            **values,
+            **counts._asdict(),
+            "best_loss": best["loss"],
+            "best_step": best["step"],
+            "stale": best["stale"],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> State:
+        values = dict(values)
+        return cls(
+            cursors=[Cursor(*cursor) for cursor in values.pop("cursors")],
+            counts=Counts(**{name: values.pop(name) for name in Counts._fields}),
+            best=Best(values.pop("best_loss"), values.pop("best_step"), values.pop("stale")),
+            **values,
+        )
+
+
+class Saved(NamedTuple):
+    """A checkpoint that fits: the values of all variables, and the state."""
+
+    arrays: Arrays
+    state: State
+
+
+def load(
+    run: Path, settings: Config, splits: Splits, environment: dict[str, Any], terminal: Terminal
+) -> Optional[Saved]:
+    """Loads the run's newest intact checkpoint, or None. Prints allowed changes; raises ConfigError for others."""
+    newest = checkpoint.load_newest(run / "checkpoints", terminal.warn)
+    if newest is None:
+        return None
+    arrays, saved = newest
+    compare_config(run, validate(saved["config"], str(run)), settings, terminal)
+    if saved["data"] not in (describe_data(splits), describe_data(splits, splits.fingerprint_of_0_1())):
+        raise ConfigError(
+            f"{run} holds a run on other data: {saved['data']}, now {describe_data(splits)}; "
+            f"restore the sources, or choose another --run"
+        )
+    for key, now in environment.items():
+        if (was := saved["environment"].get(key)) != now:
+            terminal.warn(
+                f"{key} was {was} and is now {now}: the weights will not be bit-identical to "
+                f"those of an uninterrupted run"
+            )
+    return Saved(arrays, State.from_json(saved["run"]))
+
+
+def compare_config(run: Path, before: Config, now: Config, terminal: Terminal) -> None:
+    """Prints the changed keys that may change in a run. Raises ConfigError for the others."""
+    refused = []
+    for difference in differences(before, now):
+        if difference.may_change:
+            terminal.say(f"{difference.key}: {difference.old} → {difference.new} from here on")
+        else:
+            refused.append(f"{difference.key} was {difference.old} and is now {difference.new}")
+    if refused:
+        raise ConfigError(
+            f"{run} holds a run with another config: {'; '.join(refused)}. "
+            f"These can't change in a run: restore them, or choose another --run"
+        )
+
+
+def describe_data(splits: Splits, fingerprint: Optional[str] = None) -> str:
+    return f"{len(splits.train.shards)} shards (fingerprint {fingerprint or splits.fingerprint()})"
+
+
+def forget_lost_best(folder: Path, best: Best, warn: Callable[[str], None]) -> None:
+    """Forgets the best if its weights are damaged, or if they are of a step that the resumed run has not reached."""
+    if best.loss is None:
+        return
+    try:
+        checkpoint.load_best(folder, best.step)
+    except ValueError as error:
+        warn(f"{error}; the search for the best starts again")
+        best.loss, best.step, best.stale = None, 0, 0
+
+
+def set_first_weights(model: ScaleHyperprior, settings: Config, warn: Callable[[str], None]) -> None:
+    """Replaces a model's random weights by those that a new run starts from.
+
+    Raises ConfigError if the weights of train.start_from do not fit, DataError if they are damaged.
+    """
+    if settings.train.start_from:
+        origin = Path(settings.train.start_from)
+        is_run = (origin / "config.yaml").is_file()
+        trained = checkpoint.best_weights(origin, warn) if is_run else codec.load(origin).trained()
+        arrays = initial.rescale(trained.arrays, trained.settings.loss, settings.loss)
+        storage.assign_arrays(model.named_variables(), arrays, f"train.start_from: {origin}")
+    elif settings.train.initial == "wavelet":
+        initial.start_as_wavelets(model, settings.loss, settings.model.scale_min)

@@ -1,0 +1,152 @@
+"""Reads run directories: `hyperprior runs` lists runs, `compare` compares two, and `info` describes one.
+
+Nothing here needs TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from rich.table import Table
+
+from hyperprior import config, storage
+from hyperprior.codec import box, files
+from hyperprior.errors import ConfigError
+from hyperprior.metrics import METRICS, RESULT, cell
+from hyperprior.training import checkpoint
+
+TAIL_BYTES = 2**18  # read from the end of metrics.jsonl, which grows with a run
+ENDINGS = {3: "bad data", 4: "diverged", 75: "stopped"}
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Finds the run directories among and below `folders`, sorted by name. Raises ConfigError if there is none."""
+    runs: set[Path] = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no directory; give runs, or a directory of runs")
+        runs |= {path.parent for path in folder.rglob("config.yaml") if (path.parent / "lock").exists()}
+    if not runs:
+        raise ConfigError(
+            f"{', '.join(map(str, folders))}: no run there; `hyperprior train CONFIG --run DIR` makes one"
+        )
+    return sorted(runs)
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """State, lambda, step, metrics of the final test or else the last validation, and size in bytes."""
+    settings = config.load_config(run / "config.yaml", [])
+    rows = list(read_last_rows(run))
+    saved = max(checkpoint.steps_in(run / "checkpoints"), default=0)
+    reached = max([saved, *(row["step"] for row in rows if row["kind"] in ("train", "val"))])
+    result = read_result(run)
+    ended = next((row for row in reversed(rows) if row["kind"] in ("ended", "train")), None)
+    if ended and ended["kind"] == "train":
+        ended = None  # the run was resumed after its end
+    if storage.is_locked(run):
+        state, step, ended = "running", reached, None
+    elif result and result["trained_steps"] >= reached:
+        state, step = "finished", result["trained_steps"]
+    elif ended:
+        state, step = ENDINGS.get(ended["code"], f"ended with code {ended['code']}"), saved
+    else:
+        state, step = "cut off", saved
+    values = result or next((row for row in reversed(rows) if row["kind"] == "val"), {})
+    return {
+        "run": str(run),
+        "state": state,
+        "step": step,
+        "lambda": settings.loss.lmbda,
+        "metric": settings.loss.metric,
+        **{name: values[name] for name in RESULT if name in values},
+        "bytes": sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
+        **({"reason": ended["reason"]} if ended else {}),
+    }
+
+
+def read_last_rows(run: Path) -> Iterator[dict[str, Any]]:
+    """Yields the last complete lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - TAIL_BYTES)
+        file.seek(start)
+        for number, line in enumerate(file.read().splitlines()):
+            try:
+                row = json.loads(line)
+                row["kind"], row["step"]
+                yield row
+            except (ValueError, TypeError, KeyError):
+                if number or not start:  # a kill cut off the last line; the first may begin before `start`
+                    return
+
+
+def read_result(run: Path) -> Optional[dict[str, Any]]:
+    """The content of results.json. None if the file is missing, or if training did not write it."""
+    try:
+        result = json.loads((run / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and isinstance(result.get("trained_steps"), int) else None
+
+
+def info(path: Path, model: Optional[str]) -> dict[str, Any]:
+    """The facts about a run, a model or a `.hyp` file. Raises ConfigError, DataError like `files.info`."""
+    if not (path / "checkpoints").is_dir():
+        return files.info(path, model)
+    newest = checkpoint.load_newest(path / "checkpoints", lambda text: None)
+    if newest is None:
+        raise ConfigError(f"{path} holds no checkpoint yet; train.checkpoint_every sets the interval")
+    state = newest[1]["run"]
+    facts = {"kind": "run", **{name: state[name] for name in ("step", "best_step", "best_loss")}}
+    with contextlib.suppress(ConfigError):
+        facts["exported"] = box.read_description(path)
+    if result := read_result(path):
+        facts["result"] = result
+    return facts
+
+
+def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """The table that `hyperprior runs` prints. `summaries`: results of `summarise`."""
+    grid = Table("run", "state", box=None, header_style="bold", pad_edge=False)
+    columns = [name for name in RESULT if any(name in summary for summary in summaries)]
+    for title in ("lambda", "step", *(METRICS[name].title for name in columns), "size"):
+        grid.add_column(title, justify="right")
+    for summary in summaries:
+        grid.add_row(
+            *(summary["run"], summary["state"], f"{summary['lambda']:g}", f"{summary['step']:,}"),
+            *(cell(name, summary.get(name)) for name in columns),
+            f"{summary['bytes'] / 2**20:,.0f} MiB",
+        )
+    return grid
+
+
+def compare(a: Path, b: Path) -> dict[str, Any]:
+    """The config keys that differ, and the metrics of both runs, as {name: [of a, of b]}. Raises ConfigError."""
+    settings = []
+    for run in (a, b):
+        if not (run / "config.yaml").is_file():
+            raise ConfigError(f"{run} is no run: it has no config.yaml; `hyperprior runs DIR` lists those below DIR")
+        settings.append(config.load_config(run / "config.yaml", []))
+    summaries = [summarise(run) for run in (a, b)]
+    return {
+        "runs": [str(a), str(b)],
+        "config": {d.key: [d.old, d.new] for d in config.differences(*settings)},
+        "metrics": {name: [summary.get(name) for summary in summaries] for name in ("state", "step", *RESULT)},
+    }
+
+
+def make_comparison_table(comparison: dict[str, Any]) -> Table:
+    """The table that `hyperprior compare` prints."""
+    grid = Table("", *comparison["runs"], box=None, header_style="bold", pad_edge=False)
+    for key, values in comparison["config"].items():
+        grid.add_row(key, *map(str, values))
+    grid.add_row("")
+    for name, values in comparison["metrics"].items():
+        grid.add_row(name, *(cell(name, v) if name in METRICS else f"{v:,}" if type(v) is int else v for v in values))
+    return grid

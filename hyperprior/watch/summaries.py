@@ -1,0 +1,164 @@
+"""The TensorBoard events and metrics.jsonl of a run, with the same numbers in both.
+
+Training and validation write under `train/` and `val/` of the run directory with the same tags, so that
+TensorBoard draws them on one chart.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import summary as custom_scalar
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.hparams import summary_v2 as hparams
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from hyperprior import storage
+from hyperprior.config import Config, flatten, render
+from hyperprior.metrics import METRICS
+
+# The charts of TensorBoard's custom scalars. Each shows train and val.
+CHARTS = {
+    "Is it learning?": ("rd/loss", "rd/bpp", "quality/psnr_db", "quality/ms_ssim"),
+    "Is it fast?": ("speed/images_per_s", "speed/input_wait", "speed/all_reduce"),
+    "Is the data fine?": ("data/skipped", "data/lost_shards", "optim/nonfinite"),
+    "What is it doing?": ("rate/y", "rate/z", "optim/learning_rate", "optim/gradient_norm"),
+}
+# Config keys in which the runs of a sweep or of a search for a recipe differ.
+HPARAMS = (
+    *("loss.lambda", "loss.metric", "model.num_filters", "model.latent_channels", "seed"),
+    *("train.batch_size", "train.learning_rate", "train.schedule", "train.initial", "train.proxy", "train.ema"),
+)
+
+
+class Summaries:
+    """The summaries of a run. Only the chief writes them. A failing disk ends the summaries, but not the training."""
+
+    def __init__(self, run: Path, step: int, warn: Callable[[str], None], is_chief: bool = True):
+        self.run, self.warn = run, warn
+        self.writers: dict[str, EventFileWriter] = {}
+        self.failed = not is_chief
+        self.skipped: set[str] = set()  # samples that were reported
+        self.metrics = run / "metrics.jsonl"
+        self._guard(self._rewind, step)
+
+    def _rewind(self, step: int) -> None:
+        """Removes all that an interrupted run wrote after the checkpoint from which this run resumes."""
+        if self.metrics.exists():
+            kept = []
+            for line in self.metrics.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                    if row["step"] <= step:
+                        kept.append(line + "\n")
+                        if row["kind"] == "skipped":
+                            self.skipped.add(row["sample"])
+                except ValueError:
+                    break  # a kill cut off this line
+            storage.write_text(self.metrics, "".join(kept))
+        for split in ("train", "val", ""):
+            self.writers[split] = EventFileWriter(str(self.run / split))
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            # From this step on, TensorBoard drops the events that were written earlier.
+            self.writers[split].add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def _guard(self, write: Callable[..., None], *args: Any) -> None:
+        if self.failed:
+            return
+        try:
+            write(*args)
+        except Exception as error:  # the event writer raises any error of its thread
+            self.failed = True
+            self.warn(f"summaries cannot be written, training goes on without them: {error}")
+
+    def _add_event(self, split: str, step: int, summary: Any) -> None:
+        summary = summary_pb2.Summary.FromString(summary.SerializeToString())
+        self.writers[split].add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def write_scalars(self, split: str, step: int, values: dict[str, float]) -> None:
+        """Writes one line of metrics.jsonl, and one event for each metric that has a tag."""
+
+        def write() -> None:
+            for name, value in values.items():
+                if tag := METRICS[name].tag:
+                    self._add_event(split, step, scalar_pb(tag, value, METRICS[name].meaning))
+            self.write_record(split, step, **values)
+            self.writers[split].flush()
+
+        self._guard(write)
+
+    def write_record(self, kind: str, step: int, **values: Any) -> None:
+        """Writes one line of metrics.jsonl."""
+
+        def write() -> None:
+            line = json.dumps({"kind": kind, "step": step, **values})
+            with self.metrics.open("a") as file:
+                file.write(line + "\n")
+
+        self._guard(write)
+
+    def describe_run(self, settings: Config, step: int) -> None:
+        """Writes the config as text, the layout of the charts, and this run's row in the table of runs."""
+        charts = [
+            layout_pb2.Category(
+                title=title,
+                chart=[
+                    layout_pb2.Chart(title=tag, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$"]))
+                    for tag in tags
+                ],
+            )
+            for title, tags in CHARTS.items()
+        ]
+        values = {name: value for name, value in flatten(settings).items() if name in HPARAMS and value is not None}
+        metrics = [hparams.Metric(tag, group="val") for tag in ("rd/loss", "rd/bpp", "quality/psnr_db")]
+
+        def write() -> None:
+            self._add_event("train", step, text_pb("config", f"```\n{render(settings)}```"))
+            self._add_event("", step, custom_scalar.pb(layout_pb2.Layout(category=charts)))
+            self._add_event("", step, hparams.hparams_config_pb([hparams.HParam(name) for name in values], metrics))
+            self._add_event("", step, hparams.hparams_pb(values, trial_id=self.run.name))
+            for writer in self.writers.values():
+                writer.flush()
+
+        self._guard(write)
+
+    def write_text(self, split: str, tag: str, step: int, markdown: str) -> None:
+        self._guard(lambda: self._add_event(split, step, text_pb(tag, markdown)))
+
+    def write_scalar(self, split: str, tag: str, step: int, value: float, description: str) -> None:
+        self._guard(lambda: self._add_event(split, step, scalar_pb(tag, value, description)))
+
+    def write_histogram(self, tag: str, step: int, values: np.ndarray, description: str) -> None:
+        self._guard(lambda: self._add_event("val", step, histogram_pb(tag, values, description=description)))
+
+    def write_picture(self, tag: str, step: int, picture: Image.Image, description: str) -> None:
+        def write() -> None:
+            png = io.BytesIO()
+            picture.save(png, "PNG")
+            strings = [str(side).encode() for side in picture.size] + [png.getvalue()]
+            tensor = tensor_pb2.TensorProto(
+                dtype=types_pb2.DT_STRING,
+                string_val=strings,
+                tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=3)]),
+            )
+            metadata = image_metadata.create_summary_metadata(tag, description)
+            value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+            self._add_event("val", step, summary_pb2.Summary(value=[value]))
+
+        self._guard(write)
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            self._guard(writer.close)

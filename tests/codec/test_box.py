@@ -1,0 +1,60 @@
+"""The models in the box: small, in order, usable right after the installation, and as good as their stored results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Command, encoded, photo
+from PIL import Image
+
+from hyperprior import storage
+from hyperprior.codec import box
+from hyperprior.training import checkpoint
+
+BOX = box.in_the_box()
+
+
+def test_models_in_the_box_are_small_and_in_order() -> None:
+    assert list(BOX) == [f"q{i}" for i in range(1, len(BOX) + 1)] and len(BOX) >= 4
+    assert f"q{box.DEFAULT_QUALITY}" in BOX
+    assert all(path.stat().st_size <= 3_000_000 for path in BOX.values())
+    lambdas = [box.read_description(name)["lambda"] for name in BOX]
+    assert lambdas == sorted(lambdas) and lambdas[0] <= 0.0035 and lambdas[-1] >= 0.0483
+    assert len({box.read_description(name)["fingerprint"] for name in BOX}) == len(BOX)
+
+
+def test_compress_needs_nothing_but_an_image(
+    hyperprior: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYPERPRIOR_MODEL", raising=False)
+    (tmp_path / "x.png").write_bytes(encoded(photo(4, 300, 200), "PNG"))
+    hyperprior("compress", "x.png")
+    hyperprior("compress", "x.png", "--quality", "1", "-o", "small.hyp")
+    assert (tmp_path / "small.hyp").stat().st_size < (tmp_path / "x.hyp").stat().st_size < 300 * 200 * 3 / 20
+    hyperprior("decompress", "x.hyp", "-o", "y.png")
+    x, y = (np.asarray(Image.open(tmp_path / name), float) for name in ("x.png", "y.png"))
+    assert -10 * np.log10(np.mean((x - y) ** 2) / 255**2) > 28
+    facts = json.loads(hyperprior("info", "x.hyp", "--json").stdout)
+    assert facts["fits"] is True and facts["given_model"].startswith(f"q{box.DEFAULT_QUALITY}, ")
+
+
+def test_the_gate_passes_the_models_in_the_box_and_fails_a_damaged_one(
+    hyperprior: Command, tmp_path: Path, samples: Path
+) -> None:
+    gate = ["--gate", box.BOX / "kodak.json", "--baselines", "none", "--published", "none"]
+    evaluate = ["evaluate", *BOX, "--images", samples / "kodak", *gate]
+    output = hyperprior(*evaluate, "--out", "results").stdout
+    assert output.count("is as good") == len(BOX)
+    for point in json.loads((tmp_path / "results" / "summary.json").read_text())["points"]:
+        assert abs(point["estimated_bpp"] / point["bpp"] - 1) < 0.005, point
+    # One weight in twenty of a layer of g_s becomes 0, and the description gets the fingerprint of the new weights.
+    arrays, state = storage.load_arrays(BOX["q3"], box.FORMAT)
+    arrays["g_s/2/kernel"].reshape(-1)[::20] = 0.0
+    checkpoint.save(tmp_path / "q3.npz", arrays, {**state, "fingerprint": storage.fingerprint(arrays)})
+    evaluate = ["evaluate", "q3.npz", "--images", samples / "kodak", *gate, "--out", "damaged"]
+    damaged = hyperprior(*evaluate, "--json", check=1)
+    assert "q3.npz is worse" in damaged.stderr
+    assert [verdict["passed"] for verdict in json.loads(damaged.stdout)["gate"]] == [False]

@@ -1,0 +1,503 @@
+"""Models and files as people use them: export, compress, decompress, info, Pillow, serving, other settings."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import forked
+import numpy as np
+import pytest
+from conftest import TINY, Command, encoded, photo
+from PIL import Image
+
+import hyperprior as package
+from hyperprior import images, pillow, storage
+from hyperprior.codec import box, codec, files
+from hyperprior.codec.codec import Codec
+from hyperprior.errors import BitstreamError, ConfigError, DataError, StorageError
+from hyperprior.terminal import Terminal
+from hyperprior.training import checkpoint, export, runs
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps, exported at its end."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "photos").mkdir()
+    for i in range(24):
+        photo(i).save(folder / "photos" / f"{i}.png")
+    (folder / "empty.yaml").write_text("seed: 0\n")
+    sources = ["data.train=[photos]", "data.val_split=0.2", "data.test_split=0.1"]
+    command = ["train", "empty.yaml", *TINY, *sources, "train.steps=30", "train.validate_every=15", "--run", "run"]
+    done = forked.run(command, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "integer h_s costs" in done.stdout
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> Codec:
+    return package.load(run)
+
+
+@pytest.fixture(autouse=True)
+def use_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERPRIOR_MODEL", str(run))
+
+
+# Export ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_holds_the_best_weights_and_says_what_it_is(run: Path, model: Codec) -> None:
+    arrays, state = storage.load_arrays(run / "checkpoints" / "best.npz", checkpoint.FORMAT)
+    for name in ("g_a/0/kernel", "g_s/6/bias", "h_a/2/kernel"):
+        assert np.array_equal(arrays[f"model/{name}"], model.engine.model.named_variables()[name])
+    description = json.loads((run / "model" / "model.json").read_text())
+    assert description["fingerprint"] == model.fingerprint
+    assert description["info"]["step"] == state["step"] == model.info["step"]
+    assert description["config"] == model.config.to_dict()
+    cost = description["info"]["exactness"]
+    assert cost["images"] > 0 and abs(cost["bpp_exact"] / cost["bpp_float"] - 1) < 1e-3
+
+
+def test_a_second_export_gives_the_same_model_and_writes_only_if_files_are_missing(
+    run: Path, model: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export.export(run, tmp_path / "other", Terminal())
+    assert package.load(tmp_path / "other").fingerprint == model.fingerprint
+    before = (tmp_path / "other" / "model.npz").stat().st_mtime_ns
+    export.export(run, tmp_path / "other", Terminal())
+    assert "exported already" in capsys.readouterr().out
+    assert (tmp_path / "other" / "model.npz").stat().st_mtime_ns == before
+    (tmp_path / "other" / "model.json").unlink()
+    export.export(run, tmp_path / "other", Terminal())
+    assert (tmp_path / "other" / "model.json").exists() and [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+def test_another_model_replaces_a_model_only_with_force(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
+    arrays["model/g_s/6/bias"] += 1.0
+    state["run"]["best_loss"] = None
+    checkpoint.save(other / "checkpoints" / "step-000000001.npz", arrays, state)
+    for out in (tmp_path / "keep", tmp_path / "keep.npz"):
+        export.export(run, out, Terminal())
+        kept = codec.load(out).fingerprint
+        export.export(run, out, Terminal())
+        with pytest.raises(ConfigError, match=f"holds model {kept}, which its .hyp files need"):
+            export.export(other, out, Terminal())
+        assert codec.load(out).fingerprint == kept
+        export.export(other, out, Terminal(), force=True)
+        assert codec.load(out).fingerprint != kept
+    (tmp_path / "notes.npz").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something else"):
+        export.export(run, tmp_path / "notes.npz", Terminal())
+    assert (tmp_path / "notes.npz").read_text() == "mine"
+
+
+def test_a_stopped_export_leaves_no_files(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hyperprior", "export", str(run), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143 and not list(tmp_path.iterdir())
+
+
+def test_many_models_in_one_process_do_not_warn_of_retracing(model: Codec, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(6):
+        again = codec.load(model.origin)
+        assert again.decompress(again.compress(np.asarray(photo(1)))).shape == (80, 96, 3)
+    assert "retracing" not in caplog.text
+
+
+def test_the_last_average_is_exported_if_there_is_no_best(tmp_path: Path, run: Path) -> None:
+    arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
+    name = "model/g_a/0/bias"
+    arrays["optimizer/average/g_a/0/bias"] = arrays[name] + 1.0
+    state["run"]["best_loss"] = None
+    checkpoint.save(tmp_path / "checkpoints" / "step-000000001.npz", arrays, state)
+    assert np.array_equal(checkpoint.best_weights(tmp_path, Terminal().warn).arrays["g_a/0/bias"], arrays[name] + 1.0)
+    arrays.pop("optimizer/average/g_a/0/bias")
+    checkpoint.save(tmp_path / "checkpoints" / "step-000000002.npz", arrays, state)
+    assert np.array_equal(checkpoint.best_weights(tmp_path, Terminal().warn).arrays["g_a/0/bias"], arrays[name])
+
+
+def test_an_impossible_export_is_refused_and_changes_nothing(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run with a checkpoint"):
+        export.export(tmp_path / "none", None, Terminal())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    shutil.copy(run / "model" / "model.npz", tmp_path / "mine")
+    with pytest.raises(ConfigError, match="holds more than an exported model"):
+        export.export(run, tmp_path / "mine", Terminal())
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    arrays, state = checkpoint.load_newest(run / "checkpoints", print) or pytest.fail()
+    arrays["model/h_a/0/bias"][0] = np.nan
+    state["run"]["best_loss"] = None
+    checkpoint.save(tmp_path / "nan" / "checkpoints" / "step-000000001.npz", arrays, state)
+    with pytest.raises(ConfigError, match="`h_a/0/bias` of step 30 is not finite"):
+        export.export(tmp_path / "nan", None, Terminal())
+    assert not (tmp_path / "nan" / "model").exists()
+
+
+def test_a_model_that_cannot_be_replaced_stays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.json").unlink()  # so that it is exported again
+    rename = Path.rename
+
+    def fail_for_the_new(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(StorageError, match="No space left"):
+        export.export(run, tmp_path / "model", Terminal())
+    assert codec.load(tmp_path).fingerprint == package.load(run).fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no model"):
+        codec.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=f"holds no exported model; `hyperprior export {tmp_path}` makes one"):
+        codec.load(tmp_path)
+    shutil.copytree(run / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match="is damaged"):
+        codec.load(tmp_path)
+    path.write_bytes(whole)
+    arrays, state = storage.load_arrays(path, box.FORMAT)
+    arrays["g_s/0/bias"][0] += 1e-6
+    checkpoint.save(path, arrays, state)
+    with pytest.raises(DataError, match="its weights and tables have fingerprint"):
+        codec.load(tmp_path)
+
+
+# Files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_compressed_and_decompressed_from_the_command_line(
+    hyperprior: Command, tmp_path: Path, model: Codec
+) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    photo(1, 200, 170).save(tmp_path / "in" / "a.png")
+    photo(2).save(tmp_path / "in" / "deep" / "b.c.JPG")
+    (tmp_path / "in" / "broken.png").write_bytes(b"no image")
+    done = hyperprior("compress", "in", "-o", "out", "--verify", check=3)
+    assert "warning: in/broken.png: not an image that Pillow opens" in done.stderr
+    assert "1 of 3 files failed" in done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("in/a.png → out/a.hyp"))
+    size = (tmp_path / "out" / "a.hyp").stat().st_size
+    assert f"200x170  {size:,} bytes  {8 * size / 34000:.3f} bpp" in line and "MS-SSIM 0." in line and "dB" in line
+    total = size + (tmp_path / "out" / "deep" / "b.c.hyp").stat().st_size
+    assert f"\n2 files  {total:,} bytes  {8 * total / (34000 + 96 * 80):.3f} bpp" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.hyp", "b.c.hyp"]
+    hyperprior("decompress", "out", "-o", "back", "--format", "webp")
+    with Image.open(tmp_path / "back" / "deep" / "b.c.webp") as image:
+        assert image.size == (96, 80) and image.format == "WEBP"
+    # Pipes work, and an existing file is not overwritten.
+    data = (tmp_path / "out" / "a.hyp").read_bytes()
+    command = [sys.executable, "-m", "hyperprior", "decompress", "-"]
+    piped = subprocess.run(command, input=data, capture_output=True, check=True)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(piped.stdout))), model.decompress(data))
+    assert "exists; --force overwrites it" in hyperprior("compress", "in/a.png", "-o", "out/a.hyp", check=2).stderr
+
+
+def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.jpg", "b.png", "d/a.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"")
+    Path("b.hyp").write_bytes(b"")
+    Path("link").symlink_to("d")
+    (tmp_path / "empty").mkdir()
+
+    def plan(*sources: str, out: str | None = None, force: bool = False) -> list[tuple[str, str]]:
+        return [tuple(job) for job in files.plan(sources, out, (".png", ".jpg"), ".hyp", force)]
+
+    assert plan("a.png") == [("a.png", "a.hyp")]
+    assert plan("a.png", out="x.bin") == [("a.png", "x.bin")]
+    assert plan("a.png", out="d") == [("a.png", "d/a.hyp")]
+    assert plan("a.png", out="new/") == [("a.png", "new/a.hyp")]
+    assert plan("-") == [("-", "-")]
+    assert plan("-", out="d") == [("-", "d/stdin.hyp")]
+    assert plan("d") == [("d/a.png", "d/a.hyp")]
+    assert plan("a.png", "b.png", out="new") == [("a.png", "new/a.hyp"), ("b.png", "new/b.hyp")]
+    assert plan("b.png", force=True) == [("b.png", "b.hyp")]
+    for arguments, message in [
+        ({"sources": ["none.png"]}, "none.png does not exist"),
+        ({"sources": ["empty"]}, "empty holds no file with one of .png, .jpg"),
+        ({"sources": ["a.png", "a.jpg"]}, "a.png and a.jpg would both become a.hyp"),
+        ({"sources": ["a.png", str(tmp_path / "a.jpg")]}, f"would both become {tmp_path / 'a.hyp'}"),
+        ({"sources": ["d/a.png", "link/a.png"]}, "d/a.png and link/a.png would both become link/a.hyp"),
+        ({"sources": ["a.png", "d/a.png"], "out": "x"}, "a.png and d/a.png would both become x/a.hyp"),
+        ({"sources": ["b.png"]}, "b.hyp exists; --force overwrites it"),
+        ({"sources": ["b.hyp"], "force": True}, "b.hyp would overwrite itself"),
+        ({"sources": ["b.png"], "out": "./b.png", "force": True}, "b.png would overwrite itself"),
+        ({"sources": ["b.png"], "out": "/dev/null", "force": True}, "/dev/null exists and is no file"),
+        ({"sources": ["x" * 300 + ".png"]}, "File name too long"),
+        ({"sources": ["a.png", "b.png"], "out": "-"}, "2 files cannot all go to standard output"),
+        ({"sources": ["a.png", "b.png"], "out": "b.hyp"}, "b.hyp is a file; 2 files need a directory"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            plan(*arguments.pop("sources"), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_failed_decompression_leaves_no_file(tmp_path: Path, model: Codec) -> None:
+    data = model.compress(np.asarray(photo(3)))
+    (tmp_path / "x.hyp").write_bytes(data[:-1])
+    with pytest.raises(BitstreamError, match=r"x\.hyp: cut off"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", False, 10**6, Terminal())
+    (tmp_path / "x.hyp").write_bytes(model.compress(np.zeros((1, 20_000, 3), np.uint8)))
+    with pytest.raises(DataError, match=r"x\.hyp: cannot be written as WEBP"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".webp", False, 10**6, Terminal())
+    with pytest.raises(ConfigError, match=r"Pillow writes no `\.xyz`"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".xyz", False, 10**6, Terminal())
+    (tmp_path / "x.hyp").write_bytes(data)
+    with pytest.raises(DataError, match="at most 100 are decoded"):
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", False, 100, Terminal())
+    assert [p.name for p in tmp_path.iterdir()] == ["x.hyp"]
+
+
+@pytest.fixture
+def small_box(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A box with the model of `run` as q2, in one file, and no HYPERPRIOR_MODEL."""
+    folder = tmp_path / "box"
+    export.export(run, folder / "q2.npz", Terminal())
+    monkeypatch.setattr(box, "BOX", folder)
+    monkeypatch.delenv("HYPERPRIOR_MODEL")
+    box.in_the_box.cache_clear()
+    yield folder
+    box.in_the_box.cache_clear()
+
+
+def test_a_model_in_one_file_is_small_and_its_files_have_nearly_the_same_size(
+    small_box: Path, run: Path, model: Codec
+) -> None:
+    assert (small_box / "q2.npz").stat().st_size < 0.7 * (run / "model" / "model.npz").stat().st_size
+    small = package.load(small_box / "q2.npz")
+    for name, value in small.engine.model.named_variables().items():  # rounded to float16, and nothing else
+        exact = model.engine.model.named_variables()[name].numpy()
+        assert np.array_equal(value.numpy(), exact.astype(np.float16).astype(np.float32)), name
+    image = np.asarray(photo(4))
+    data = small.compress(image)
+    assert abs(len(data) - len(model.compress(image))) < 0.02 * len(data) + 8
+    assert small.fingerprint != model.fingerprint
+    with pytest.raises(BitstreamError, match="written with model"):
+        model.decompress(data)
+
+
+def test_models_in_the_box_are_chosen_by_quality_and_by_their_own_files(
+    small_box: Path, run: Path, tmp_path: Path
+) -> None:
+    small = package.load("q2")
+    (tmp_path / "x.png").write_bytes(encoded(photo(4), "PNG"))
+    files.compress([str(tmp_path / "x.png")], box.choose(None, 2), None, 0, False, False, Terminal())
+    files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "y.png"), ".png", False, None, Terminal())
+    data = (tmp_path / "x.hyp").read_bytes()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), small.decompress(data))
+    assert runs.info(tmp_path / "x.hyp", None)["given_model"] == f"q2, {small.fingerprint}"
+    with pytest.raises(ConfigError, match="--quality 9 is not in the box; q2 are"):
+        box.choose(None, 9)
+    with pytest.raises(ConfigError, match="both given"):
+        box.choose("runs/a", 2)
+    assert box.choose("runs/a") == "runs/a"
+    (tmp_path / "x.hyp").write_bytes(package.load(run).compress(np.asarray(photo(4))))
+    with pytest.raises(ConfigError, match="not in the box: name its run"):
+        files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "z.png"), ".png", False, None, Terminal())
+    assert not (tmp_path / "z.png").exists()
+
+
+def test_json_output_lists_every_file_and_nothing_else(
+    hyperprior: Command, run: Path, model: Codec, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    photo(4, 200, 180).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").write_bytes(b"no image")
+    photo(4, 30, 20).save(tmp_path / "in" / "c.png")
+    done = hyperprior("compress", "in", "--model", run, "-o", "out", "--verify", "--json", check=3)
+    a, b, c = json.loads(done.stdout)
+    assert (a["source"], a["target"], a["width"], a["height"]) == ("in/a.png", "out/a.hyp", 200, 180)
+    assert a["bytes"] == (tmp_path / "out" / "a.hyp").stat().st_size and a["psnr_db"] > 10 and a["ms_ssim"] > 0
+    assert b["source"] == "in/b.png" and "error" in b and c["ms_ssim"] is None
+    decoded = json.loads(hyperprior("decompress", "out", "--model", run, "--json").stdout)
+    assert [(row["target"], row["width"]) for row in decoded] == [("out/a.png", 200), ("out/c.png", 30)]
+    exported = json.loads(hyperprior("export", run, "--out", "m", "--json").stdout)
+    assert exported["fingerprint"] == model.fingerprint and exported == json.loads(
+        hyperprior("export", run, "--out", "m", "--json").stdout
+    )
+    packed = json.loads(hyperprior("pack", "in", "--out", "shards", "--json").stdout)
+    assert packed == {"shards": ["shards/shards-000000.tar"], "images": 2, "left_out": 1}
+
+
+def test_info_distinguishes_files_models_and_runs(hyperprior: Command, run: Path, model: Codec, tmp_path: Path) -> None:
+    data = model.compress(np.asarray(photo(4)))
+    (tmp_path / "x.hyp").write_bytes(data)
+    facts = json.loads(hyperprior("info", "x.hyp", "--json").stdout)
+    assert (facts["width"], facts["height"], facts["bytes"]) == (96, 80, len(data))
+    assert facts["model"] == model.fingerprint and facts["fits"] is True
+    other = data[:5] + bytes(8) + data[13:]
+    (tmp_path / "y.hyp").write_bytes(other)
+    assert "CRC-32" in hyperprior("info", "y.hyp", check=3).stderr
+    assert runs.info(run / "model", None)["fingerprint"] == model.fingerprint
+    of_run = runs.info(run, None)
+    assert of_run["step"] == 30 and of_run["exported"]["fingerprint"] == model.fingerprint
+    with pytest.raises(ConfigError, match="is no model"):
+        runs.info(tmp_path / "z", None)
+
+
+# Photographs ----------------------------------------------------------------------------------------------
+
+
+def test_photographs_are_turned_upright() -> None:
+    corners = np.zeros((32, 48, 3), np.uint8)
+    corners[:8, :8] = (255, 0, 0)
+    expected = images.decode_photo(encoded(Image.fromarray(corners), "PNG"))[0]
+    for orientation in range(1, 9):
+        undo = {
+            1: None,
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_90,
+            7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270,
+        }[orientation]
+        stored = Image.fromarray(corners) if undo is None else Image.fromarray(corners).transpose(undo)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for kind in ("PNG", "TIFF", "WEBP"):
+            options = {"lossless": True} if kind == "WEBP" else {}
+            data = encoded(stored, kind, exif=exif, **options)
+            assert np.array_equal(images.decode_photo(data)[0], expected), (kind, orientation)
+        as_jpeg = images.decode_photo(encoded(stored, "JPEG", exif=exif, quality=95))[0]
+        assert as_jpeg.shape == expected.shape and np.abs(as_jpeg.astype(int) - expected).mean() < 3, orientation
+
+
+def test_every_loss_in_a_photograph_is_noted() -> None:
+    assert images.decode_photo(encoded(photo(1), "PNG"))[1] == []
+    assert images.decode_photo(encoded(photo(1).convert("L"), "PNG"))[1] == []
+    assert images.decode_photo(encoded(photo(1).convert("RGBA"), "PNG"))[1] == ["transparency is flattened onto white"]
+    assert images.decode_photo(encoded(photo(1).convert("CMYK")))[1] == ["CMYK is converted without a colour profile"]
+    deep = Image.fromarray((np.arange(80 * 96).reshape(80, 96) * 8).astype(np.uint16))
+    pixels, notes = images.decode_photo(encoded(deep, "PNG"))
+    assert notes == ["16 bits are reduced to 8"] and np.ptp(pixels) > 200
+    assert images.decode_photo(encoded(photo(1), "PNG", icc_profile=b"x" * 200))[1] == ["its colour profile is dropped"]
+    frames = encoded(photo(1), "GIF", save_all=True, append_images=[photo(2)])
+    assert images.decode_photo(frames)[1] == ["only the first of 2 frames is kept"]
+    assert images.decode_photo(frames[: len(frames) * 2 // 3])[0].shape == (80, 96, 3)  # the second frame is cut
+    with pytest.raises(images.Unusable, match="Pillow"):
+        images.decode_photo(b"")
+
+
+def test_pillow_opens_and_saves(model: Codec, run: Path, tmp_path: Path) -> None:
+    photo(5, 130, 70).save(tmp_path / "x.hyp")
+    photo(5, 130, 70).convert("RGBA").save(tmp_path / "y.hyp", model=model)
+    photo(5, 130, 70).save(tmp_path / "z.hyp", model=run / "model")
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.hyp")  # flattened onto white, as `compress` does
+    flattened = model.compress(images.decode_photo(encoded(clear, "PNG"))[0])
+    assert (tmp_path / "clear.hyp").read_bytes() == flattened
+    data = (tmp_path / "x.hyp").read_bytes()
+    assert data == (tmp_path / "y.hyp").read_bytes() == (tmp_path / "z.hyp").read_bytes()
+    with Image.open(tmp_path / "x.hyp") as image:
+        assert image.format == "HYP" and image.size == (130, 70) and image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), model.decompress(data))
+        assert image.crop((0, 0, 10, 10)).size == (10, 10)
+    (tmp_path / "x.hyp").write_bytes(data[:-1])
+    with pytest.raises(BitstreamError, match="cut off"):
+        Image.open(tmp_path / "x.hyp")
+    assert pillow.accept(data)
+
+
+# Other processes ------------------------------------------------------------------------------------------
+
+
+def run_script(name: str, *arguments: object, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HERE / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_settings(model: Path, pictures: list[Path], settings: list[tuple[str, str]], tmp_path: Path) -> int:
+    """Checks that files written with each of `settings` (threads, oneDNN) decode alike with all; returns the count."""
+    written: list[Path] = []
+    for i, (threads, onednn) in enumerate(settings):
+        run_script("settings.py", model, threads, "write", *pictures, tmp_path / f"w{i}", TF_ENABLE_ONEDNN_OPTS=onednn)
+        for path in sorted((tmp_path / f"w{i}").iterdir()):
+            written.append(path.rename(tmp_path / f"{i}-{path.name}"))
+    read = []
+    for i, (threads, onednn) in enumerate(settings):
+        out = tmp_path / f"r{i}.npz"
+        run_script("settings.py", model, threads, "read", *written, out, TF_ENABLE_ONEDNN_OPTS=onednn)
+        read.append(dict(np.load(out)))
+    run_script("serve.py", model / "saved_model", *written, tmp_path / "served.npz")
+    served = dict(np.load(tmp_path / "served.npz"))
+    assert "do not match their CRC-32" in str(served["error"])
+    for path in written:
+        latents, pixels = (read[0][f"{path.name} {kind}"] for kind in ("latents", "pixels"))
+        for other in read:
+            assert np.array_equal(other[f"{path.name} latents"], latents)
+            assert np.abs(other[f"{path.name} pixels"].astype(int) - pixels).max() <= 1
+            if "batch" in path.name:
+                assert np.array_equal(other[f"{path.name} latents in a batch"], latents)
+                assert np.abs(other[f"{path.name} pixels in a batch"].astype(int) - pixels).max() <= 1
+        assert np.abs(served[f"{path.name} pixels"].astype(int) - pixels).max() <= 1
+    again = package.load(model)
+    for path in written[:4]:  # this package reads the files that the served model writes
+        pixels = served[f"{path.name} pixels"]
+        assert again.decompress(served[f"{path.name} again"].tobytes()).shape == pixels.shape
+    return len(written)
+
+
+def test_files_decode_alike_with_other_threads_kernels_batches_and_as_saved_model(run: Path, tmp_path: Path) -> None:
+    pictures = []
+    for i, size in enumerate([(333, 500), (64, 64), (1, 1), (200, 90)]):
+        photo(i, *size).save(tmp_path / f"{i}.png")
+        pictures.append(tmp_path / f"{i}.png")
+    assert check_settings(run / "model", pictures, [("1", "0"), ("2", "1")], tmp_path) == 16
+
+
+def test_loading_turns_onednn_on_in_this_process_and_not_in_its_children(run: Path) -> None:
+    code = (
+        "import os, sys, hyperprior, numpy as np; codec = hyperprior.load(sys.argv[1]); "
+        "codec.compress(np.zeros((64, 64, 3), np.uint8)); print('left', os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
+    )
+    for given, left in ((None, "left None"), ("0", "left 0")):
+        environment = {**os.environ, "ONEDNN_VERBOSE": "1", "TF_ENABLE_ONEDNN_OPTS": given or ""}
+        if given is None:
+            del environment["TF_ENABLE_ONEDNN_OPTS"]
+        command = [sys.executable, "-c", code, str(run)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        assert ("exec,cpu,convolution" in done.stdout) == (given is None)
+        assert left in done.stdout
+
+
+@pytest.mark.slow
+def test_real_photographs_decode_alike_under_every_setting(run: Path, samples: Path, tmp_path: Path) -> None:
+    pictures = sorted((samples / "kodak").glob("*.png"))[::3]
+    settings = [(threads, onednn) for threads in "12" for onednn in "01"]
+    assert check_settings(run / "model", pictures, settings, tmp_path) == len(pictures) * 8

@@ -1,0 +1,154 @@
+"""The encoder's search finds the best integers where they are known, and makes files better."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import Command, encoded, photo
+from PIL import Image
+from scipy import special
+
+from hyperprior.codec import codec as codecs
+from hyperprior.codec import container, search
+from hyperprior.errors import ConfigError
+from hyperprior.model import measure
+
+WEIGHT, CHANNELS = 60.0, 5
+rng = np.random.RandomState(0)
+# With this transform the best value of each integer is known: each channel paints its own part of a block.
+KERNEL = np.zeros((16, 16, 3, CHANNELS), np.float32)
+for c in range(CHANNELS):
+    KERNEL[3 * c : 3 * c + 3, :, :, c] = rng.uniform(-0.02, 0.02, (3, 16, 3))
+
+
+def blocks(y: tf.Tensor) -> tf.Tensor:
+    height, width = tf.unstack(tf.shape(y)[1:3])
+    return 0.5 + tf.nn.conv2d_transpose(y, KERNEL, (1, 16 * height, 16 * width, 3), 16, "VALID")
+
+
+def bits_of(y: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    mass = special.ndtr((0.5 - np.abs(y)) / scales) - special.ndtr((-0.5 - np.abs(y)) / scales)
+    return np.minimum(-np.log2(np.maximum(mass, 1e-30)), 16.0)
+
+
+def test_the_search_finds_the_best_integers_and_spends_nothing_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "CAUTION", 1.0)  # here neighbours do not matter
+    shape = (1, 6, 8, CHANNELS)
+    scales = rng.uniform(0.3, 3.0, shape).astype(np.float32)
+    truth = (scales * rng.randn(*shape)).astype(np.float32)
+    x = blocks(truth)
+    real = np.ones((1, 96, 128, 1), np.float32)
+    real[:, :, 96:] = 0.0  # the last two columns of elements are padding
+    inside = np.ones((1, 6, 8, 1), np.float32)
+    inside[:, 0] = 0.0
+    start = np.rint(truth)
+    result = search.search(blocks, tf.constant(start), scales, x, real, inside, WEIGHT, tf.constant(60)).numpy()
+
+    gain = WEIGHT * np.square(KERNEL).sum((0, 1, 2)) * (np.arange(8)[:, None] < 6)
+    cost = [bits_of(v, scales) + gain * np.square(v - truth) for v in np.arange(-12.0, 13.0)]
+    best = np.argmin(cost, axis=0) - 12.0
+    assert np.array_equal(result[:, 0], start[:, 0])
+    assert not result[:, 1:, 7].any() and start[:, 1:, 7].any()
+    # Beside padding, the estimated curvature is too small.
+    result, best, start = (array[:, 1:, :5] for array in (result, best, start))
+    assert np.mean(result == best) > 0.97 and np.mean(start == best) < 0.85
+    assert np.abs(result - best).max() <= 1
+
+
+def test_curvature_is_that_of_the_error() -> None:
+    y = tf.constant(rng.randn(1, 16, 16, CHANNELS), tf.float32)
+    real = np.ones((1, 256, 256, 1), np.float32)
+    estimate = search.estimate_curvature(blocks, y, real, WEIGHT).numpy() / search.CAUTION
+    expected = 2 * WEIGHT * np.square(KERNEL).sum((0, 1, 2))
+    assert np.abs(estimate.mean((0, 1, 2)) / expected - 1).max() < 0.02 and np.abs(estimate / expected - 1).max() < 0.1
+
+
+# With a trained model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def q3() -> codecs.Codec:
+    return codecs.load("q3")
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    grain = np.random.RandomState(1).normal(0, 6, (150, 210, 3))
+    return np.clip(np.asarray(photo(5, 210, 150)) + grain, 0, 255).astype(np.uint8)
+
+
+def loss(codec: codecs.Codec, image: np.ndarray, file: bytes) -> float:
+    """The loss of the whole image, in bits."""
+    error = measure.compare_images(image, codec.decompress(file))["mse"]
+    assert error is not None
+    return 8 * len(file) + image.shape[0] * image.shape[1] * codec.config.loss.lmbda * 255.0**2 * error
+
+
+def test_files_get_better_with_effort_and_are_the_same_every_time(q3: codecs.Codec, image: np.ndarray) -> None:
+    files = [q3.compress(image, effort) for effort in (0, 3, 20)]
+    losses = [loss(q3, image, file) for file in files]
+    assert losses[2] < losses[1] < losses[0] and losses[2] < 0.97 * losses[0]
+    assert len(files[2]) < 0.93 * len(files[0])
+    assert q3.compress(image, 20) == files[2]
+    assert 0.99 < q3.estimated_bits(files[2]) / (8 * (len(files[2]) - container.OVERHEAD)) < 1
+    other = np.ascontiguousarray(image[::-1])
+    assert q3.compress_batch([image, other], 3) == [files[1], q3.compress(other, 3)]
+
+
+def test_tiles_see_their_surroundings(image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "SHARE", 1.0)
+    monkeypatch.setattr(search, "estimate_curvature", lambda g_s, y, real, weight: tf.ones_like(y))
+    q3, image = codecs.load("q3"), np.tile(image, (3, 2, 1))[:384, :384]
+    (y, z), (tiled, _) = q3.latents_of([image]), q3.latents_of([image])
+    before = y.copy()
+    q3.improve(y, z, image, 1)
+    monkeypatch.setattr(codecs, "TILE", 8)
+    q3.improve(tiled, z, image, 1)
+    # The first tile has the same surroundings as in the whole image. Later tiles see the changes of earlier ones.
+    assert np.count_nonzero(tiled[:, :8, :8] != y[:, :8, :8]) <= 2  # sums may be taken in another order
+    assert np.count_nonzero(y[:, :8, :8] != before[:, :8, :8]) > 100
+    assert all((tiled[:, i : i + 4] != before[:, i : i + 4]).any() for i in range(0, y.shape[1], 4))
+
+
+def test_tiles_lose_little(q3: codecs.Codec, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, whole = (loss(q3, image, q3.compress(image, effort)) for effort in (0, 20))
+    monkeypatch.setattr(codecs, "TILE", 8)
+    assert abs(loss(q3, image, q3.compress(image, 20)) - whole) < 0.1 * (plain - whole)
+
+
+def test_a_negative_effort_and_a_model_for_ms_ssim_are_refused(q3: codecs.Codec, image: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match="effort is -1"):
+        q3.compress(image, -1)
+    arrays = {name: variable.numpy() for name, variable in q3.engine.model.named_variables().items()}
+    arrays |= {
+        f"h_s/{i}/{part}": a for i, layer in enumerate(q3.engine.layers) for part, a in zip(("kernel", "bias"), layer)
+    }
+    arrays |= {"z_offsets": q3.engine.z_offsets, **{f"tables/{k}": v for k, v in q3.tables._asdict().items()}}
+    settings = q3.config.model_copy(update={"loss": q3.config.loss.model_copy(update={"metric": "ms-ssim"})})
+    other = codecs.Codec(arrays, settings, q3.info, "another")
+    assert other.compress(image)
+    with pytest.raises(ConfigError, match="another was trained for ms-ssim"):
+        other.compress(image, 1)
+
+
+def test_commands_and_pillow_take_an_effort(hyperprior: Command, tmp_path: Path, image: np.ndarray) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.png").write_bytes(encoded(Image.fromarray(image), "PNG"))
+    hyperprior("compress", "photos", "-o", "plain")
+    hyperprior("compress", "photos", "-o", "small", "--effort", "4")
+    plain, small = ((tmp_path / name / "x.hyp").read_bytes() for name in ("plain", "small"))
+    assert len(small) < len(plain)
+    options = ["--images", "photos", "--out", "results", "--effort", "4", "--baselines", "none", "--json"]
+    (point,) = json.loads(hyperprior("evaluate", "q3", *options).stdout)["points"]
+    assert (point["effort"], point["bytes"]) == (4, len(small))
+
+    importlib.import_module("hyperprior.pillow")
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "HYP", effort=4)
+    assert abs(len(file.getvalue()) / len(small) - 1) < 0.01  # this process may round differently

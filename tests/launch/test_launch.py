@@ -1,0 +1,124 @@
+"""How the launch files handle exit codes and signals. A script replaces the `hyperprior` command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from workers import ROOT
+
+from hyperprior.config import load_config
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """An environment whose `hyperprior` ends with $CODE, or with 75 at SIGTERM."""
+    command = tmp_path / "hyperprior"
+    command.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\ntrap "exit 75" TERM\nif [ "$CODE" = wait ]; then sleep 30 & wait; fi\n'
+        'exit "$CODE"\n'
+    )
+    command.chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HYPERPRIOR": str(command)}
+
+
+def test_a_pod_ends_with_codes_that_the_operator_understands(stand_in: dict[str, str]) -> None:
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
+    chief, worker = (job["spec"]["tfReplicaSpecs"][kind] for kind in ("Chief", "Worker"))
+    assert chief["template"] == worker["template"] and chief["restartPolicy"] == "ExitCode"
+    (container,) = chief["template"]["spec"]["containers"]
+    assert container["name"] == "tensorflow"  # the operator looks for this name
+    command = [*container["command"], *container["args"]]
+    for code, expected in (("0", 0), ("3", 3), ("4", 4), ("75", 143)):
+        assert subprocess.run(command, env={**stand_in, "CODE": code}).returncode == expected
+    pod = subprocess.Popen(command, env={**stand_in, "CODE": "wait"})
+    time.sleep(1)
+    pod.send_signal(signal.SIGTERM)
+    assert pod.wait(10) == 143
+
+
+def test_workers_sh_prints_its_usage_and_passes_exit_codes_on(stand_in: dict[str, str]) -> None:
+    script = ROOT / "launch" / "workers.sh"
+    for arguments in ([], ["0", "c.yaml"], ["--max-restarts", "x", "2", "c.yaml"], ["2"]):
+        result = subprocess.run([script, *arguments], env=stand_in, capture_output=True, text=True)
+        assert result.returncode == 2 and "usage: " in result.stderr
+    for code, expected, starts in (("0", 0, 2), ("3", 3, 2), ("75", 75, 4)):
+        log = Path(stand_in["HYPERPRIOR"] + ".log")
+        log.unlink(missing_ok=True)
+        command = [script, "--max-restarts", "1", "2", "c.yaml", "--run", "r"]
+        result = subprocess.run(command, env={**stand_in, "CODE": code}, capture_output=True, text=True)
+        assert result.returncode == expected
+        assert len(log.read_text().splitlines()) == starts
+        assert log.read_text().startswith("train c.yaml --run r distribute.intra_op_threads=")
+    running = subprocess.Popen([script, "2", "c.yaml"], env={**stand_in, "CODE": "wait"})
+    time.sleep(2)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(10) == 75  # no restart after SIGTERM
+
+
+def test_an_installation_that_fails_is_tried_again(tmp_path: Path) -> None:
+    """pip fails once: `launch/local.sh` passes pip's exit code on, and leaves no stamp, so it tries again."""
+    for name in ("launch/environment.sh", "launch/local.sh", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name, text in (("python", 'echo "$@" >> pip.log; exit $(cat code)'), ("hyperprior", 'echo "trains $@"')):
+        path = tmp_path / ".venv" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        path.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin"}  # without nvidia-smi and $HYPERPRIOR
+    outcomes = []
+    for code in ("7", "0", "8"):
+        (tmp_path / "code").write_text(code)
+        command = [tmp_path / "launch" / "local.sh", "c.yaml"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        outcomes.append((result.returncode, "trains train c.yaml" in result.stdout))
+    assert outcomes == [(7, False), (0, True), (0, True)]
+    log = (tmp_path / "pip.log").read_text().splitlines()
+    assert len(log) == 2 and all(line.endswith(" -e .") for line in log)
+
+
+@pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
+def test_the_papers_curve_has_the_published_lambdas_and_sizes(stand_in: dict[str, str], metric: str) -> None:
+    script = ROOT / "launch" / "paper.sh"
+    command = [script, metric, "kodak/", "--jobs", "2"]
+    assert subprocess.run(command, env={**stand_in, "CODE": "0"}).returncode == 0
+    low, high, evaluation = Path(stand_in["HYPERPRIOR"] + ".log").read_text().splitlines()
+    with (ROOT / "hyperprior" / "reference" / "kodak_rd.csv").open() as file:
+        published = {
+            float(row["lambda"])
+            for row in csv.DictReader(file)
+            if row["optimized_for"] == metric and "CompressAI" in row["codec"]
+        }
+    trained = [[float(x) for x in line.split("--lambdas ")[1].split()[0].split(",")] for line in (low, high)]
+    assert [len(part) for part in trained] == [5, 3] and {*trained[0], *trained[1]} == published
+    config = load_config(ROOT / low.split()[1], [word for word in low.split() if "=" in word])
+    large = load_config(ROOT / high.split()[1], [word for word in high.split() if "=" in word])
+    assert config.loss.metric == metric and config.train.initial == "random"
+    assert (config.model.num_filters, config.model.latent_channels) == (128, 192)
+    assert (large.model.num_filters, large.model.latent_channels) == (192, 320)
+    assert evaluation.startswith(f"evaluate runs/paper-{metric}/lambda-") and "--images kodak/" in evaluation
+    assert subprocess.run([script, "psnr", "x"], env=stand_in, capture_output=True).returncode == 2
+
+
+@pytest.mark.slow
+def test_the_quickstart_goes_from_a_clone_to_a_result_and_says_when_it_is_done(tmp_path: Path) -> None:
+    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "clone"], check=True)
+    for said in ("use      hyperprior compress", "is done"):
+        command = ["./launch/quickstart.sh", "train.steps=60", "train.validate_every=30"]
+        result = subprocess.run(command, cwd=tmp_path / "clone", capture_output=True, text=True)
+        assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
+    results = json.loads((tmp_path / "clone/runs/quickstart/results.json").read_text())
+    assert results["images"] == 2 and results["psnr_db"] > 24.0 and results["trained_steps"] == 60

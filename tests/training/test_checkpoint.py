@@ -1,0 +1,176 @@
+"""A checkpoint is complete or absent, and is never loaded into a model that it does not fit."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from hyperprior import storage
+from hyperprior.errors import ConfigError, StorageError
+from hyperprior.training import checkpoint
+
+ARRAYS = {"a/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.int64(7)}
+
+
+def fill(folder: Path, *steps: int) -> None:
+    for step in steps:
+        checkpoint.save(checkpoint.path_of(folder, step), ARRAYS, {"step": step})
+
+
+def test_loading_returns_the_saved_arrays_and_state(tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    arrays, state = storage.load_arrays(checkpoint.path_of(tmp_path, 3), checkpoint.FORMAT)
+    assert state["step"] == 3 and arrays.keys() == ARRAYS.keys()
+    assert all(np.array_equal(arrays[name], value) for name, value in ARRAYS.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000003.npz"]
+
+
+def test_damage_to_the_newest_checkpoint_is_detected_and_the_one_before_is_used(tmp_path: Path) -> None:
+    fill(tmp_path, 1, 2)
+    newest = checkpoint.path_of(tmp_path, 2)
+    whole = newest.read_bytes()
+    random = np.random.RandomState(0)
+    damages = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+    for place in random.randint(0, len(whole), 60):
+        damages.append(whole[:place] + bytes([whole[place] ^ 1 << random.randint(8)]) + whole[place + 1 :])
+    detected = 0
+    for damage in damages:
+        newest.write_bytes(damage)
+        warnings: list[str] = []
+        loaded = checkpoint.load_newest(tmp_path, warnings.append)
+        assert loaded is not None
+        if warnings:
+            detected += 1
+            assert "step-000000002.npz is damaged" in warnings[0] and loaded[1]["step"] == 1
+        else:  # a bit in a field of the zip that does not affect the content
+            assert all(np.array_equal(loaded[0][name], value) for name, value in ARRAYS.items())
+    assert detected >= 30
+
+
+def test_a_folder_with_only_damaged_checkpoints_raises_an_error(tmp_path: Path) -> None:
+    assert checkpoint.load_newest(tmp_path, print) is None
+    checkpoint.path_of(tmp_path, 1).write_bytes(b"torn")
+    with pytest.raises(ConfigError, match="none of the 1 checkpoints"):
+        checkpoint.load_newest(tmp_path, lambda text: None)
+
+
+def test_a_full_disk_leaves_old_checkpoints_unchanged(tmp_path: Path) -> None:
+    fill(tmp_path, 1)
+    before = checkpoint.path_of(tmp_path, 1).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for step in (1, 2):
+            with pytest.raises(StorageError, match=r"step-.*npz cannot be written.*File too large.*free the disk"):
+                checkpoint.save(checkpoint.path_of(tmp_path, step), {"x": np.zeros(9999)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001.npz"]
+    assert checkpoint.path_of(tmp_path, 1).read_bytes() == before
+
+
+def test_the_last_checkpoints_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    fill(tmp_path, *range(1, 8))
+    checkpoint.save(tmp_path / "best.npz", ARRAYS, {})
+    checkpoint.keep_last(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.npz", *(f"step-{s:09d}.npz" for s in (5, 6, 7))]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"a/kernel": (2, 4), "step": ()}, r"`a/kernel` has shape \(2, 3\); this config expects \(2, 4\)"),
+        ({"a/kernel": (2, 3), "step": (), "b": (1,)}, r"has no `b` \(1,\)"),
+        ({"a/kernel": (2, 3)}, "holds `step`, which"),
+    ],
+)
+def test_arrays_of_another_architecture_are_refused(names: dict[str, tuple[int, ...]], message: str) -> None:
+    variables = {name: tf.Variable(tf.fill(shape, 9.0)) for name, shape in names.items()}
+    with pytest.raises(ConfigError, match=message):
+        storage.assign_arrays(variables, ARRAYS, "ckpt")
+    assert all(np.all(v.numpy() == 9.0) for v in variables.values())
+
+
+def test_a_locked_directory_refuses_a_second_process(tmp_path: Path) -> None:
+    lock = storage.lock_directory(tmp_path)
+    with lock, pytest.raises(ConfigError, match="another process"), storage.lock_directory(tmp_path):
+        pass
+    with storage.lock_directory(tmp_path):
+        pass
+
+
+def test_a_new_directory_is_removed_if_it_stays_empty(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError), storage.lock_directory(run):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), storage.lock_directory(tmp_path):
+        raise ZeroDivisionError
+    assert tmp_path.is_dir()  # it was there before
+    with storage.lock_directory(run):
+        (run / "config.yaml").touch()
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "lock"]
+
+
+def test_a_removed_lock_file_does_not_lock_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+
+    def replace_lock_file(file: Any, operation: int) -> None:
+        (run / "lock").unlink()  # after the file was opened, before it is locked
+        (run / "lock").touch()
+
+    monkeypatch.setattr(storage.fcntl, "flock", replace_lock_file)
+    with pytest.raises(ConfigError, match="another process"), storage.lock_directory(run):
+        pass
+
+
+KILLED_AT_EVERY_LINE = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from hyperprior import storage
+from hyperprior.training import checkpoint
+
+folder, lines = Path(sys.argv[1]), 0
+checkpoint.save(checkpoint.path_of(folder, 1), {"x": np.full(9999, 1.0)}, {"step": 1})
+
+def count(frame, event, argument):
+    global lines
+    if frame.f_code.co_filename == storage.__file__:
+        if event == "line":
+            lines += 1
+            if lines == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return count
+
+outcomes = []
+for fatal in range(1, 1000):
+    if not (child := os.fork()):
+        sys.settrace(count)
+        checkpoint.save(checkpoint.path_of(folder, 2), {"x": np.full(9999, 2.0)}, {"step": 2})
+        checkpoint.keep_last(folder, 2)
+        os._exit(0)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    warnings = []
+    arrays, state = checkpoint.load_newest(folder, warnings.append)
+    assert not warnings and (arrays["x"] == state["step"]).all(), (fatal, warnings)
+    outcomes.append(state["step"])
+    checkpoint.path_of(folder, 2).unlink(missing_ok=True)
+    if not killed:
+        break
+print(len(outcomes), outcomes.count(1), outcomes.count(2))
+"""
+
+
+def test_a_kill_at_any_line_of_saving_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", KILLED_AT_EVERY_LINE, tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    points, before, after = map(int, result.stdout.split())
+    assert points > 20 and before > 10 and after > 3, result.stdout

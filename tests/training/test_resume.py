@@ -1,0 +1,43 @@
+"""A run goes on from what version 0.1.0 left: its checkpoint's state, and the fingerprint of its data."""
+
+from __future__ import annotations
+
+import json
+
+from hyperprior.data.lanes import ALL, Cursor, Keep
+from hyperprior.data.shards import Shard
+from hyperprior.data.splits import Split, Splits
+from hyperprior.data.stream import Counts
+from hyperprior.training.resume import Best, State
+
+STATE_OF_0_1 = """{
+    "cursors": [[1, 2, 3, 0], [0, 5, 7, 1]], "step": 40, "samples": 81, "bad": 1, "small": 2, "visits": 9, "lost": 1,
+    "nonfinite": 3, "failed": 0, "validated_step": 40, "best_loss": 3.5, "best_step": 20, "stale": 1,
+    "course": [[0.5, 30.0]], "logged_step": 35, "sums": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 5.0]
+}"""
+
+
+def test_the_state_of_0_1_is_read_and_written_unchanged() -> None:
+    values = json.loads(STATE_OF_0_1)
+    state = State.from_json(values)
+    assert state.cursors == [Cursor(1, 2, 3), Cursor(0, 5, 7, 1)]
+    assert state.counts == Counts(samples=81, bad=1, small=2, visits=9, lost=1)
+    assert state.best == Best(loss=3.5, step=20, stale=1)
+    assert json.loads(json.dumps(state.to_json())) == values
+
+
+def test_the_fingerprint_of_0_1_is_that_of_the_same_data() -> None:
+    shards = [Shard("tar", "x/a.tar", "x/a.tar", size=1024), Shard("files", "p", "p", files=("1.jpg", "2.png"))]
+    train, val = Split(shards, Keep(0.2, 1.0, 0.5), 3, 12345), Split(shards, Keep(0.1, 0.2, 0.5), 1, 7)
+    splits = Splits(train, val, Split(shards, ALL), "test")
+    assert splits.fingerprint_of_0_1() == "0045db6b9a94de97"
+    assert splits.fingerprint() != splits.fingerprint_of_0_1()
+
+
+def test_the_best_counts_the_validations_since() -> None:
+    best = Best()
+    losses = [3.0, 2.0, 2.0, 2.5]
+    assert [best.update(loss, step) for step, loss in enumerate(losses)] == [True, True, False, False]
+    assert best == Best(loss=2.0, step=1, stale=2)
+    assert best.update(1.0, 4)
+    assert best == Best(loss=1.0, step=4, stale=0)

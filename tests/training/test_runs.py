@@ -1,0 +1,98 @@
+"""`hyperprior runs` and `compare` on real runs in every state; `doctor` on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Command
+from workers import start_training, wait_for
+
+from hyperprior.config import load_config
+from hyperprior.machine import doctor
+from hyperprior.training import runs
+
+
+def test_runs_are_listed_with_their_state_and_can_be_compared(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = [empty_config, *TINY, f"data.train=[{flat_tar}]", f"data.val=[{flat_tar}]", "train.validate_every=2"]
+    arguments += ["train.checkpoint_every=2"]
+    hyperprior("train", *arguments, "train.steps=4", "--run", "all/good")
+    hyperprior("train", *arguments, "train.steps=90", "train.learning_rate=1e30", "--run", "all/bad", check=4)
+    process = start_training(tmp_path, *arguments, "train.steps=9000", "loss.lambda=0.05", "--run", "all/long")
+    wait_for(tmp_path / "all" / "long", 2, process)
+    listed = {Path(row["run"]).name: row for row in json.loads(hyperprior("runs", "all", "--json").stdout)}
+    assert {name: row["state"] for name, row in listed.items()} == {
+        "good": "finished",
+        "bad": "diverged",
+        "long": "running",
+    }
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    long = runs.summarise(tmp_path / "all" / "long")
+    assert long["state"] == "stopped" and long["lambda"] == 0.05 and "start the same command again" in long["reason"]
+    assert (tmp_path / "all" / "long" / "checkpoints" / f"step-{long['step']:09d}.npz").exists()
+    good = listed["good"]
+    result = json.loads((tmp_path / "all" / "good" / "results.json").read_text())
+    assert (good["step"], good["loss"], good["psnr_db"]) == (4, result["loss"], result["psnr_db"])
+    files = [path for path in (tmp_path / "all" / "good").rglob("*") if path.is_file()]
+    assert good["bytes"] == sum(path.stat().st_size for path in files)
+    # A killed run writes no record of its end.
+    with (tmp_path / "all" / "long" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "train", "step": long["step"], "loss": 1.0}) + '\n{"kind": "tra')
+    assert runs.summarise(tmp_path / "all" / "long")["state"] == "cut off"
+
+    # Files that no run wrote are ignored: the result is measured again.
+    (tmp_path / "all" / "good" / "results.json").write_text('{"bpp": 1}')
+    with (tmp_path / "all" / "good" / "metrics.jsonl").open("a") as file:
+        file.write('"mine"\n')
+    assert runs.summarise(tmp_path / "all" / "good")["step"] == 4
+    hyperprior("train", *arguments, "train.steps=4", "--run", "all/good")
+    assert json.loads((tmp_path / "all" / "good" / "results.json").read_text()) == result
+
+    lines = hyperprior("runs", "all").stdout.splitlines()
+    assert len(lines) == 4 and lines[1].split()[:2] == ["all/bad", "diverged"]
+    comparison = json.loads(hyperprior("compare", "all/good", "all/long", "--json").stdout)
+    assert comparison["config"] == {"loss.lambda": [0.013, 0.05], "train.steps": [4, 9000]}
+    assert comparison["metrics"]["loss"][0] == result["loss"]
+    assert "loss.lambda" in hyperprior("compare", "all/good", "all/long").stdout
+    assert "no run there" in hyperprior("runs", tmp_path / "all" / "good" / "model", check=2).stderr
+    assert "is no run" in hyperprior("compare", "all", "all/good", check=2).stderr
+
+
+def test_doctor_finds_problems_and_names_remedies(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    arguments = ["doctor", empty_config, *TINY, f"data.train=[{flat_tar}]"]
+    findings = {row["name"]: row for row in json.loads(hyperprior(*arguments, "--json").stdout)}
+    assert {"software", "GPU", "CPU", "memory", "disk", "sources", "bottleneck"} <= findings.keys()
+    assert "24 shards" in findings["sources"]["text"] or "4 shards" in findings["sources"]["text"]
+    assert not any(row["remedy"] for name, row in findings.items() if name not in ("disk", "bottleneck")), findings
+    huge = json.loads(hyperprior(*arguments, "train.batch_size=200000", "--json").stdout)
+    assert "lower train.batch_size" in next(row for row in huge if row["name"] == "memory")["remedy"]
+    lines = hyperprior("doctor", empty_config, "data.train=[missing.tar]").stdout.splitlines()
+    assert any(line.startswith("! sources") and "missing.tar" in line for line in lines)
+    with tarfile.open(flat_tar, "a") as tar:
+        tar.addfile(tarfile.TarInfo("broken.jpg"))
+    source = next(row for row in json.loads(hyperprior(*arguments, "--json").stdout) if row["name"] == "sources")
+    assert "training stops beyond data.max_bad_fraction=0.01" in source["remedy"]
+    hidden = hyperprior("doctor", env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
+    assert "CUDA_VISIBLE_DEVICES hides them" in hidden
+
+
+def test_doctor_recommends_bfloat16_only_on_cpus_with_support(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines_for(flags: set[str], precision: str) -> list[str]:
+        monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)
+        settings = load_config(None, [f"train.precision={precision}"])
+        return [finding.line() for finding in doctor.check_precision(settings)]
+
+    assert "train.precision=mixed_bfloat16" in lines_for({"avx512_bf16"}, "float32")[0]
+    assert lines_for({"avx512_bf16"}, "mixed_bfloat16") == lines_for({"avx2"}, "float32") == []
+    assert lines_for({"avx2"}, "mixed_bfloat16")[0].startswith("! precision")
+    assert doctor.check_precision(None) == []
