@@ -231,12 +231,11 @@ def info(
 
     Example: `hyperprior info photo.hyp --model runs/a`
     """
-    from hyperprior.codec import files
     from hyperprior.terminal import Terminal
-    from hyperprior.training import runs as job
+    from hyperprior.training import info as job
 
     terminal, facts = Terminal(as_json=as_json), job.info(path, model)
-    terminal.say("\n".join(files.lines(facts)))
+    terminal.say("\n".join(job.lines(facts)))
     terminal.tell(facts)
 
 

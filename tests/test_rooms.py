@@ -14,12 +14,13 @@ from hyperprior import errors
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hyperprior"
-SHARED = {"errors", "terminal", "metrics", "images", "config", "storage", "stack"}
+SHARED = {"errors", "terminal", "metric_table", "images", "draws", "config", "storage", "stack"}
 MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
-    "metrics": set(),
+    "metric_table": set(),
     "images": set(),
+    "draws": set(),
     "stack": set(),
     "config": {"errors"},
     "storage": {"errors", "config"},

@@ -26,7 +26,6 @@ from hyperprior.codec.tiles import (
     TILE,
     Y_PIXELS,
     Z_ELEMENTS,
-    Span,
     blocks,
     cut_pixels,
     group_by_size,
@@ -51,11 +50,12 @@ class Codec:
         weights = dict(arrays)
         layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(3)]
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
-        self.engine = TensorFlowEngine(weights, layers, weights.pop("z_offsets"), settings, origin)
+        z_offsets = weights.pop("z_offsets")
+        self.engine = TensorFlowEngine(weights, layers, z_offsets, settings, origin)
         num_scales = settings.model.num_scales
         self.z_index = np.arange(num_scales, num_scales + settings.model.hyper_channels, dtype=np.int32)
 
-    def trained(self) -> TrainedWeights:
+    def trained_weights(self) -> TrainedWeights:
         """The weights, as the start of another run. Those of h_s have the precision of its integers."""
         return TrainedWeights(self.engine.weights(), self.config, self.info["step"])
 
@@ -80,6 +80,7 @@ class Codec:
             y, z = self.latents_of([images[i] for i in group])
             if effort:
                 for place, i in enumerate(group):
+                    # Slices are views: this changes y.
                     self.improve(y[place : place + 1], z[place : place + 1], images[i], effort)
             for i, stream in zip(group, self.encode(y, z, [sizes[i] for i in group])):
                 files[i] = container.write(stream)
@@ -148,7 +149,8 @@ class Codec:
         for rows in strips(z.shape, H_A_MARGIN):
             strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)]).numpy()
             z[:, rows.target()] = strip[:, rows.inside()]
-        return np.clip(np.rint(y, out=y), INT16.min, INT16.max, out=y), z
+        np.rint(y, out=y)
+        return np.clip(y, INT16.min, INT16.max, out=y), z
 
     def improve(self, y: np.ndarray, z: np.ndarray, image: np.ndarray, effort: int) -> None:
         """Changes `y` [1, h, w, M] to cheaper latents, tile by tile. A tile sees the changes of earlier tiles."""
@@ -156,13 +158,14 @@ class Codec:
             sums = self.engine.index_sums(z[:, rows.source(), columns.source()])
             scales = exact.scales(sums, self.config.model)
             place = (slice(None), rows.source(Z_ELEMENTS), columns.source(Z_ELEMENTS))
-            x = cut_pixels(image, *(Span(*(Z_ELEMENTS * edge for edge in span)) for span in (rows, columns)))
-            real = np.zeros((1, *x.shape[:2], 1), np.float32)
-            height, width = (side - s.begin * DOWNSAMPLING for side, s in zip(image.shape, (rows, columns)))
-            real[:, :height, :width] = 1.0
-            inside = np.zeros((1, *y[place].shape[1:3], 1), np.float32)
-            inside[:, rows.inside(Z_ELEMENTS), columns.inside(Z_ELEMENTS)] = 1.0
-            y[place] = self.engine.search(y[place], scales, x[None] / np.float32(255.0), real, inside, effort)
+            x = cut_pixels(image, rows.scaled(Z_ELEMENTS), columns.scaled(Z_ELEMENTS))
+            is_image = np.zeros((1, *x.shape[:2], 1), np.float32)  # the rest is padding
+            height, width = image.shape[0] - rows.begin * DOWNSAMPLING, image.shape[1] - columns.begin * DOWNSAMPLING
+            is_image[:, :height, :width] = 1.0
+            may_change = np.zeros((1, *y[place].shape[1:3], 1), np.float32)
+            may_change[:, rows.inside(Z_ELEMENTS), columns.inside(Z_ELEMENTS)] = 1.0
+            x = x[None] / np.float32(255.0)
+            y[place] = self.engine.search(y[place], scales, x, is_image, may_change, effort)
 
     def encode(self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[container.Stream]:
         """The streams of latents; `sizes`: (height, width) of each image."""

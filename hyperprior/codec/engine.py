@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hyperprior import config, storage
 from hyperprior.codec import exact, search
-from hyperprior.model import measure, priors
+from hyperprior.model import metrics, priors
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
 
@@ -83,7 +83,7 @@ class TensorFlowEngine:
         self, y: tf.Tensor, scales: tf.Tensor, x: tf.Tensor, real: tf.Tensor, inside: tf.Tensor, rounds: tf.Tensor
     ) -> tf.Tensor:
         """`search.search` with this model's g_s, at its lambda."""
-        weight = measure.lagrangian(0.0, 1.0 / 3.0, self.settings.loss.lmbda, "mse")  # MSE averages over channels
+        weight = metrics.lagrangian(0.0, 1.0 / 3.0, self.settings.loss.lmbda, "mse")  # MSE averages over channels
         return search.search(self.model.g_s, y, scales, x, real, inside, weight, rounds)
 
 

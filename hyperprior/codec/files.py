@@ -19,7 +19,7 @@ from hyperprior import images, storage
 from hyperprior.codec import box, container, load
 from hyperprior.errors import ConfigError, DataError, HyperpriorError, StorageError
 from hyperprior.images import PHOTO_SUFFIXES
-from hyperprior.metrics import describe
+from hyperprior.metric_table import describe
 from hyperprior.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def compress(
         file = codec.compress(image, effort)
         facts = {**size_of(image), "bytes": len(file), "seconds": time.perf_counter() - began, "notes": notes}
         if verify:
-            from hyperprior.model.measure import compare_images
+            from hyperprior.model.metrics import compare_images
 
             facts |= compare_images(image, codec.decompress(file))
         return file, facts
@@ -295,51 +295,3 @@ def describe_total(rows: Sequence[dict[str, Any]]) -> str:
     if num_bytes := sum(row.get("bytes", 0) for row in rows):
         parts.append(describe_rate(num_bytes, sum(row["width"] * row["height"] for row in rows)))
     return "  ".join([*parts, f"{sum(row['seconds'] for row in rows):.1f} s"])
-
-
-# info -----------------------------------------------------------------------------------------------------
-
-
-def info(path: Path, model: Optional[str]) -> dict[str, Any]:
-    """The facts that a `.hyp` file or a model holds about itself. Nothing is decoded.
-
-    Raises ConfigError if `path` is neither, and DataError if it is damaged.
-    """
-    if path.is_file() and path.suffix != ".npz":
-        return info_of_file(path.read_bytes(), model)
-    if path.suffix == SUFFIX and not path.exists():
-        raise ConfigError(f"{path} does not exist")
-    return {"kind": "model", **box.read_description(path)}
-
-
-def info_of_file(data: bytes, model: Optional[str]) -> dict[str, Any]:
-    """The header of a `.hyp` file, and whether a model fits it: `model`, or else the one that reads it by default."""
-    stream = container.read(data, max_pixels=ANY_SIZE)
-    fingerprint = stream.fingerprint.hex()
-    facts = {
-        "kind": "compressed image",
-        "width": stream.width,
-        "height": stream.height,
-        "bytes": len(data),
-        "bpp": 8 * len(data) / (stream.width * stream.height),
-        "version": container.VERSION,
-        "model": fingerprint,
-        "symbols_bytes": len(stream.coded),
-        "escapes": len(stream.escapes),
-        "checksum": f"{stream.checksum:08x}",
-    }
-    if model := model or box.find_by_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
-        given = box.read_description(model)["fingerprint"]
-        facts |= {"fits": given == fingerprint, "given_model": f"{model}, {given}"}
-    return facts
-
-
-def lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """The lines that `info` prints."""
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            yield f"{indent}{name}"
-            yield from lines(value, indent + "  ")
-        else:
-            shown = f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
-            yield f"{indent}{name:<16} {shown}"

@@ -31,6 +31,10 @@ class Span(NamedTuple):
     begin: int
     end: int
 
+    def scaled(self, factor: int) -> Span:
+        """The same span on an axis that is `factor` times as fine."""
+        return Span(*(factor * edge for edge in self))
+
     def source(self, factor: int = 1) -> slice:
         """[begin, end) on an axis that is `factor` times as fine."""
         return slice(self.begin * factor, self.end * factor)

@@ -8,12 +8,12 @@ workers can own them.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar, Union
 
 from hyperprior.data.shards import Sample, Shard
+from hyperprior.draws import draw, draw_unit
 from hyperprior.errors import DataError
 
 T = TypeVar("T")
@@ -53,18 +53,6 @@ class LostRest(NamedTuple):
 
 Item = Union[Sample, LostRest]
 ALL = Keep()
-
-
-def draw(*inputs: object) -> int:
-    """64 random bits that depend only on `inputs`. They are the same on every machine and version."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(inputs).encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
-    )
-
-
-def draw_unit(*inputs: object) -> float:
-    """A random number in [0, 1) that depends only on `inputs`."""
-    return (draw(*inputs) >> 11) / 2**53
 
 
 def draw_rank(key: str) -> float:

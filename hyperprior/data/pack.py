@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from hyperprior import images, storage
-from hyperprior.data import lanes, shards, stream, tars
+from hyperprior.data import shards, stream, tars
 from hyperprior.data.shards import Sample, Shard
+from hyperprior.draws import draw
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.terminal import Terminal
 
@@ -56,7 +57,7 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
     opened = shards.open_sources(sources, "source", allow_pipe=allow_pipe)
     with storage.lock_directory(out):
         samples = [(sample.key, find_size(sample)) for shard in opened for sample in shard.samples()]
-        plan = json.dumps({"samples": f"{lanes.draw(samples):016x}", "options": options._asdict()})
+        plan = json.dumps({"samples": f"{draw(samples):016x}", "options": options._asdict()})
         plan_file = out / "pack.json"
         if plan_file.exists() and plan_file.read_text() != plan:
             raise ConfigError(f"{out} holds shards of other sources or options; choose another --out")

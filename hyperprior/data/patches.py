@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from hyperprior import images
+from hyperprior.config import Data
+from hyperprior.draws import draw, draw_unit
 from hyperprior.images import TooSmall, Unusable
 
 MAX_ASPECT = 16  # largest ratio of the sides of an image that is enlarged
@@ -36,6 +38,15 @@ class Place(NamedTuple):
         if len(pixels) != size:
             pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
         return pixels[:, ::-1] if self.flip else pixels
+
+
+def draw_place(settings: Data, seed: int, epoch: int, key: str, number: int) -> Place:
+    """Draws where patch `number` of the sample with this key is cut in this epoch."""
+    patch = (epoch, key, number)
+    bits = draw(seed, "crop", *patch)
+    scale = 1.0 - (1.0 - settings.min_scale) * draw_unit(seed, "scale", *patch)
+    flip = settings.flip and draw_unit(seed, "flip", *patch) < 0.5
+    return Place(bits >> 32, bits & 0xFFFFFFFF, scale, flip)
 
 
 def cut_patches(data: bytes, size: int, places: Sequence[Place], *, upscale: bool = False) -> np.ndarray:

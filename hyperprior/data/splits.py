@@ -15,6 +15,7 @@ from hyperprior import config
 from hyperprior.data import lanes, shards
 from hyperprior.data.lanes import Keep
 from hyperprior.data.shards import Shard
+from hyperprior.draws import draw
 from hyperprior.errors import DataError
 from hyperprior.images import TRAINING_SUFFIXES
 
@@ -49,7 +50,7 @@ class Splits:
 
     def _hash(self, plain: Callable[[Keep], object]) -> str:
         parts = [(shards.identify_shards(s.shards), plain(s.keep), s.digest) for s in (self.train, self.val, self.test)]
-        return f"{lanes.draw(parts):016x}"
+        return f"{draw(parts):016x}"
 
 
 def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Splits:
@@ -103,7 +104,7 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
 
 def make_split(all_shards: list[Shard], keep: Keep, keys: list[str], *, with_digest: bool) -> Split:
     kept = [key for key in keys if keep(key)]
-    return Split(all_shards, keep, len(kept), lanes.draw(kept) if with_digest else 0)
+    return Split(all_shards, keep, len(kept), draw(kept) if with_digest else 0)
 
 
 def list_keys(all_shards: list[Shard], name: str) -> list[str]:

@@ -23,7 +23,6 @@ import numpy as np
 from hyperprior import config, images
 from hyperprior.data import lanes, patches
 from hyperprior.data.lanes import Cursor, Item, LostRest
-from hyperprior.data.patches import Place
 from hyperprior.data.shards import Sample
 from hyperprior.data.splits import Split
 from hyperprior.errors import DataError
@@ -197,16 +196,11 @@ class Lane:
         if isinstance(item, LostRest):
             raise LostShard(item.reason)
         # The draw depends on the sample, not on the lane, so the batch size does not change where an image is cut.
-        places = [self.draw_place(at.epoch, item.key, patch) for patch in range(self.settings.patches_per_image)]
-        upscale = self.settings.small_images == "upscale"
-        return patches.cut_patches(read_sample(item), self.settings.patch_size, places, upscale=upscale)
-
-    def draw_place(self, *patch: object) -> Place:
-        """Draws where a patch is cut. `patch` is the epoch, the key and the number of the patch."""
-        bits = lanes.draw(self.seed, "crop", *patch)
-        scale = 1.0 - (1.0 - self.settings.min_scale) * lanes.draw_unit(self.seed, "scale", *patch)
-        flip = self.settings.flip and lanes.draw_unit(self.seed, "flip", *patch) < 0.5
-        return Place(bits >> 32, bits & 0xFFFFFFFF, scale, flip)
+        settings = self.settings
+        numbers = range(settings.patches_per_image)
+        places = [patches.draw_place(settings, self.seed, at.epoch, item.key, number) for number in numbers]
+        upscale = settings.small_images == "upscale"
+        return patches.cut_patches(read_sample(item), settings.patch_size, places, upscale=upscale)
 
 
 def batches(

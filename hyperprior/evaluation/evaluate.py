@@ -21,7 +21,7 @@ from hyperprior.errors import ConfigError, GateError
 from hyperprior.evaluation import gate, pictures, plots, report
 from hyperprior.evaluation.curves import Model, average_rows, compare_curves, convert_published, name_curves
 from hyperprior.evaluation.photos import Photo, find_photos
-from hyperprior.model.measure import compare_images
+from hyperprior.model.metrics import compare_images
 from hyperprior.reference import baselines, published
 from hyperprior.reference.baselines import Baseline
 from hyperprior.storage import write_text, write_whole

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hyperprior import metrics
+from hyperprior import metric_table
 from hyperprior.evaluation import plots, report
 from hyperprior.evaluation.curves import Model
 from hyperprior.evaluation.photos import Photo
-from hyperprior.model.measure import compare_images
+from hyperprior.model.metrics import compare_images
 from hyperprior.reference import baselines
 from hyperprior.reference.baselines import Baseline
 
@@ -101,7 +101,7 @@ def make_caption(original: np.ndarray, coded: Coded) -> list[str]:
     qualities = {name: result[name] for name in ("psnr_db", "ms_ssim") if result[name] is not None}
     return [
         f"{len(coded.file):,} bytes · {8 * len(coded.file) / width / height:.3f} bpp",
-        metrics.describe(qualities).replace("  ", " · "),
+        metric_table.describe(qualities).replace("  ", " · "),
     ]
 
 

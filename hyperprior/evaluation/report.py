@@ -16,7 +16,7 @@ from PIL import Image
 from hyperprior.config import MS_SSIM_MIN_SIDE
 from hyperprior.evaluation import plots
 from hyperprior.evaluation.curves import BD_MIN_OVERLAP, BD_MIN_POINTS
-from hyperprior.metrics import METRICS, cell
+from hyperprior.metric_table import METRICS, cell
 
 COLUMNS = ["kind", "curve", "point", "image", "width", "height", "bytes", "bpp", "estimated_bits"]
 COLUMNS += ["mse", "psnr_db", "ms_ssim", "ms_ssim_db", "encode_seconds", "decode_seconds"]

@@ -7,7 +7,7 @@ Read in this order:
     layers       convolution and GDN
     kernels      the computations of the layers, fast on a CPU
     priors       the bits that latents cost, and the noise that replaces rounding in training
-    measure      bits per pixel, MSE, PSNR, MS-SSIM, the Lagrangian
+    metrics      bits per pixel, MSE, PSNR, MS-SSIM, the Lagrangian
     initial      the first weights: a wavelet packet, or the weights of a run at another lambda
     work         the number of operations of each layer
 

@@ -14,6 +14,7 @@ Read in this order:
     validation   means over held-out images
     progress     reports while a run trains
     export       writes a model directory from a run
+    info         the facts about a file, a model or a run (`hyperprior info`)
     runs         lists, compares and describes runs
     sweep        one run for each lambda, or a search for the lambda of a wanted rate
 

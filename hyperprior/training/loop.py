@@ -23,6 +23,7 @@ from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import open_splits
 from hyperprior.data.stream import Counts
 from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, LostWorker, Stopped
+from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
 from hyperprior.terminal import Terminal, Track
 from hyperprior.training import checkpoint, resume, runs
@@ -89,22 +90,20 @@ def select_comparable(settings: Config) -> dict[str, Any]:
 
 
 class Trainer:
+    """One run on this worker. Workers compare what they hold before they rely on it."""
+
     def __init__(self, settings: Config, run: Path, terminal: Terminal, world: World, stop: StopRequest):
         self.settings, self.run, self.terminal, self.world, self.stop = settings, run, terminal, world, stop
         self.checkpoints = run / "checkpoints"
-        count = Timetable.needs_count(settings)
-        self.splits = world.on_every_worker(lambda: open_splits(settings.data, world.batch_size, count=count))
+        must_count = Timetable.needs_count(settings)
+        self.splits = world.on_every_worker(lambda: open_splits(settings.data, world.batch_size, count=must_count))
         self.timetable = Timetable(settings, self.splits.train.images, bool(self.splits.val.images))
         saved = world.on_every_worker(lambda: resume.load(run, settings, self.splits, world.environment(), terminal))
         data = resume.describe_data(self.splits)
         world.check_same({"data": data, "checkpoint of step": saved.state.step if saved else None})
         with tf.device("CPU:0"):
             stop.flag = tf.Variable(0.0, trainable=False)
-
-        def set_weights(model: Any) -> None:
-            if not saved:
-                self.set_first_weights(model)
-
+        set_weights = self.keep_weights if saved else self.set_start_weights
         self.model, self.optimizer = build_model(world, settings, self.timetable.total, set_weights)
         self.variables = {
             **{f"model/{name}": v for name, v in self.model.named_variables().items()},
@@ -120,9 +119,12 @@ class Trainer:
         world.on_every_worker(self.check_held_out)
         self.train_steps = make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
 
-    def set_first_weights(self, model: Any) -> None:
-        self.world.on_every_worker(lambda: resume.set_first_weights(model, self.settings, self.terminal.warn))
-        weights = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    def keep_weights(self, model: ScaleHyperprior) -> None:
+        """The checkpoint replaces them."""
+
+    def set_start_weights(self, model: ScaleHyperprior) -> None:
+        self.world.on_every_worker(lambda: resume.set_start_weights(model, self.settings, self.terminal.warn))
+        weights = values_of(model.named_variables())
         self.world.check_same({"weights to start from": storage.fingerprint(weights)})
 
     def check_held_out(self) -> None:
@@ -152,8 +154,8 @@ class Trainer:
 
     def make_progress(self) -> Progress:
         count = self.settings.summaries.num_images if self.splits.val.images else 0
-        images = functools.partial(self.evaluator.read_images, self.splits.val)
-        pictures = Pictures(self.model, self.settings.loss, images, count)
+        read_images = functools.partial(self.evaluator.read_images, self.splits.val)
+        pictures = Pictures(self.model, self.settings.loss, read_images, count)
         return Progress(self.world, self.settings, self.run, self.state, pictures, self.terminal)
 
     # The loop ---------------------------------------------------------------------------------------------
@@ -254,8 +256,8 @@ class Trainer:
             except ValueError as error:
                 self.terminal.warn(f"{error}; the result is from the last weights instead of the best")
             else:
-                names = {f"model/{name}": v for name, v in self.model.named_variables().items()}
-                storage.assign_arrays(names, arrays, str(checkpoint.best_path(self.checkpoints)))
+                variables = {f"model/{name}": v for name, v in self.model.named_variables().items()}
+                storage.assign_arrays(variables, arrays, str(checkpoint.best_path(self.checkpoints)))
                 step, weights = best.step, contextlib.nullcontext()
         self.world.check_same({"step of the best weights": step})
         values: Optional[dict[str, float]] = {}
@@ -319,8 +321,8 @@ class Trainer:
         if self.world.is_chief:
             best = self.state.best
             state = {"step": best.step, "loss": best.loss, "config": self.settings.to_dict()}
-            names = {name: variable for name, variable in self.variables.items() if name.startswith("model/")}
-            checkpoint.save(checkpoint.best_path(self.checkpoints), values_of(names), state)
+            variables = {name: variable for name, variable in self.variables.items() if name.startswith("model/")}
+            checkpoint.save(checkpoint.best_path(self.checkpoints), values_of(variables), state)
 
     def write_file(self, name: str, text: str) -> None:
         """Writes a file of the run on the chief. If that fails, all workers raise the error."""

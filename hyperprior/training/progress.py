@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hyperprior import metrics
+from hyperprior import metric_table
 from hyperprior.config import Config
 from hyperprior.data.stream import Skip
 from hyperprior.errors import DataError
@@ -70,7 +70,7 @@ class Progress:
         values["lost_shards"] = state.counts.lost
         values["nonfinite"] = state.nonfinite
         self.report.write_scalars("train", state.step, values)
-        track.line(state.step, metrics.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
+        track.line(state.step, metric_table.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
         state.logged_step, state.sums = state.step, []
         self.restart_clock()
 
@@ -109,7 +109,7 @@ class Progress:
         """Reports the means of a validation. Its `seconds` do not count in the training speed."""
         self.report.write_scalars("val", self.state.step, values)
         self.state.course.append((values["bpp"], values["psnr_db"]))
-        track.line(self.state.step, "validation  " + metrics.describe(values))
+        track.line(self.state.step, "validation  " + metric_table.describe(values))
         self.began += seconds
 
     def show_pictures(self, optimizer: Optimizer) -> None:
@@ -149,7 +149,7 @@ def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
     images = f"{used} images" if used == total else f"{used} of its {total} images (others are too small or broken)"
     is_start = result["trained_steps"] and not result["step"]
     return [
-        f"result on {split}: {metrics.describe(result)}",
+        f"result on {split}: {metric_table.describe(result)}",
         f"         {images}, weights of step {result['step']} of {result['trained_steps']}"
         + (": training found none better than the starting weights" if is_start else ""),
         f"run      {run}: config.yaml, checkpoints/, metrics.jsonl, results.json",

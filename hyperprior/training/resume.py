@@ -137,7 +137,7 @@ def forget_lost_best(folder: Path, best: Best, warn: Callable[[str], None]) -> N
         best.loss, best.step, best.stale = None, 0, 0
 
 
-def set_first_weights(model: ScaleHyperprior, settings: Config, warn: Callable[[str], None]) -> None:
+def set_start_weights(model: ScaleHyperprior, settings: Config, warn: Callable[[str], None]) -> None:
     """Replaces a model's random weights by those that a new run starts from.
 
     Raises ConfigError if the weights of train.start_from do not fit, DataError if they are damaged.
@@ -145,7 +145,7 @@ def set_first_weights(model: ScaleHyperprior, settings: Config, warn: Callable[[
     if settings.train.start_from:
         origin = Path(settings.train.start_from)
         is_run = (origin / "config.yaml").is_file()
-        trained = checkpoint.best_weights(origin, warn) if is_run else codec.load(origin).trained()
+        trained = checkpoint.best_weights(origin, warn) if is_run else codec.load(origin).trained_weights()
         arrays = initial.rescale(trained.arrays, trained.settings.loss, settings.loss)
         storage.assign_arrays(model.named_variables(), arrays, f"train.start_from: {origin}")
     elif settings.train.initial == "wavelet":

@@ -1,11 +1,10 @@
-"""Reads run directories: `hyperprior runs` lists runs, `compare` compares two, and `info` describes one.
+"""Reads run directories: `hyperprior runs` lists runs, `compare` compares two.
 
 Nothing here needs TensorFlow.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any, Optional
 from rich.table import Table
 
 from hyperprior import config, storage
-from hyperprior.codec import box, files
 from hyperprior.errors import ConfigError
-from hyperprior.metrics import METRICS, RESULT, cell
+from hyperprior.metric_table import METRICS, RESULT, cell
 from hyperprior.training import checkpoint
 
 TAIL_BYTES = 2**18  # read from the end of metrics.jsonl, which grows with a run
@@ -93,22 +91,6 @@ def read_result(run: Path) -> Optional[dict[str, Any]]:
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and isinstance(result.get("trained_steps"), int) else None
-
-
-def info(path: Path, model: Optional[str]) -> dict[str, Any]:
-    """The facts about a run, a model or a `.hyp` file. Raises ConfigError, DataError like `files.info`."""
-    if not (path / "checkpoints").is_dir():
-        return files.info(path, model)
-    newest = checkpoint.load_newest(path / "checkpoints", lambda text: None)
-    if newest is None:
-        raise ConfigError(f"{path} holds no checkpoint yet; train.checkpoint_every sets the interval")
-    state = newest[1]["run"]
-    facts = {"kind": "run", **{name: state[name] for name in ("step", "best_step", "best_loss")}}
-    with contextlib.suppress(ConfigError):
-        facts["exported"] = box.read_description(path)
-    if result := read_result(path):
-        facts["result"] = result
-    return facts
 
 
 def make_table(summaries: Sequence[dict[str, Any]]) -> Table:

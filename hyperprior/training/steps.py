@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from hyperprior.config import Config
-from hyperprior.data import lanes
 from hyperprior.data.stream import Counts
-from hyperprior.metrics import TRAIN, measured_in
+from hyperprior.draws import draw
+from hyperprior.metric_table import TRAIN, measured_in
 from hyperprior.model import priors
 from hyperprior.model.hyperprior import ScaleHyperprior
-from hyperprior.model.measure import measure
+from hyperprior.model.metrics import measure
 from hyperprior.training.distribute import World
 from hyperprior.training.optimizer import Optimizer
 
@@ -51,13 +51,13 @@ def build_model(
     world: World,
     settings: Config,
     total_steps: int,
-    set_first_weights: Callable[[ScaleHyperprior], None] = lambda model: None,
+    set_weights: Callable[[ScaleHyperprior], None] = lambda model: None,
 ) -> tuple[ScaleHyperprior, Optimizer]:
-    """Builds the model, with weights from the seed and then `set_first_weights`, and its optimizer."""
+    """Builds the model, with weights from the seed and then `set_weights`, and its optimizer."""
     with world.strategy.scope():
-        tf.random.set_seed(lanes.draw(settings.seed, "init") % 2**31)
+        tf.random.set_seed(draw(settings.seed, "init") % 2**31)
         model = ScaleHyperprior(settings.model, settings.train.precision)
-    set_first_weights(model)
+    set_weights(model)
     with world.strategy.scope():
         return model, Optimizer(model.named_variables(), settings.train, total_steps)
 
@@ -125,7 +125,7 @@ def make_replica_step(
         with tf.control_dependencies([*gradients, numbers]):
             waited = tf.timestamp() - began
         metrics, stops, counts = tf.split(numbers, [len(MEASURED), 1, len(Counts._fields)])
-        stopped, loss = stops[0] > 0, metrics[0]
+        stopped, loss = stops[0] > 0, metrics[MEASURED.index("loss")]
         gradients = [gradient / scale for gradient in gradients]
         norm = tf.linalg.global_norm(gradients)
         is_finite = tf.math.is_finite(norm) & tf.math.is_finite(loss)
@@ -149,7 +149,7 @@ def make_forward_backward(world: World, model: ScaleHyperprior, settings: Config
     variables = list(model.named_variables().values())
     side, batch = settings.data.patch_size, world.batch_size
     shape_y, shape_z = model.latent_shapes(side, side)
-    seed_y, seed_z = (lanes.draw(settings.seed, "noise", latent) >> 2 for latent in "yz")
+    seed_y, seed_z = (draw(settings.seed, "noise", latent) >> 2 for latent in "yz")
 
     # No autograph: it reads source files at a function's first call, which may be hours after the start.
     @tf.function(jit_compile=settings.train.xla, autograph=False)

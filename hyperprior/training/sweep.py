@@ -22,7 +22,7 @@ from typing import Any, Optional
 
 from hyperprior.config import load_config
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, Stopped
-from hyperprior.metrics import METRICS, RESULT, cell
+from hyperprior.metric_table import METRICS, RESULT, cell
 from hyperprior.storage import write_text
 from hyperprior.terminal import Terminal
 from hyperprior.training.runs import read_result

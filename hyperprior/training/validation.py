@@ -16,9 +16,9 @@ from hyperprior.config import DOWNSAMPLING, MS_SSIM_MIN_SIDE, Config
 from hyperprior.data.splits import Split
 from hyperprior.data.stream import EvalImage, Skip, eval_batches
 from hyperprior.errors import DataError, HyperpriorError
-from hyperprior.metrics import VAL, measured_in
+from hyperprior.metric_table import VAL, measured_in
 from hyperprior.model.hyperprior import ScaleHyperprior
-from hyperprior.model.measure import measure
+from hyperprior.model.metrics import measure
 from hyperprior.training.distribute import World
 from hyperprior.training.stop import StopRequest
 

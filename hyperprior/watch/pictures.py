@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageDraw
 
-from hyperprior import metrics
+from hyperprior import metric_table
 from hyperprior.config import Loss
 from hyperprior.model.hyperprior import ScaleHyperprior
-from hyperprior.model.measure import measure
+from hyperprior.model.metrics import measure
 from hyperprior.model.priors import gaussian_bits_each
 from hyperprior.reference import baselines, published
 from hyperprior.watch.summaries import Summaries
@@ -136,7 +136,7 @@ def draw_sheet(look: Look, step: int, gap: int = 4) -> Image.Image:
         panel = Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         picture.paste(panel, (x, 0))
         draw.text((x + 2, height * zoom + 3), title, fill="#555555")
-    caption = metrics.describe(look.values, ("bpp", "psnr_db", "ms_ssim"))
+    caption = metric_table.describe(look.values, ("bpp", "psnr_db", "ms_ssim"))
     draw.text((2, height * zoom + 19), f"step {step}:  {caption}", fill="black")
     return picture
 

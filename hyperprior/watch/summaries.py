@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from hyperprior import storage
 from hyperprior.config import Config, flatten, render
-from hyperprior.metrics import METRICS
+from hyperprior.metric_table import METRICS
 
-# The charts of TensorBoard's custom scalars. Each shows train and val.
+# The charts of TensorBoard's custom scalars, by metrics. Each shows train and val.
 CHARTS = {
-    "Is it learning?": ("rd/loss", "rd/bpp", "quality/psnr_db", "quality/ms_ssim"),
-    "Is it fast?": ("speed/images_per_s", "speed/input_wait", "speed/all_reduce"),
-    "Is the data fine?": ("data/skipped", "data/lost_shards", "optim/nonfinite"),
-    "What is it doing?": ("rate/y", "rate/z", "optim/learning_rate", "optim/gradient_norm"),
+    "Is it learning?": ("loss", "bpp", "psnr_db", "ms_ssim"),
+    "Is it fast?": ("images_per_s", "input_wait", "all_reduce"),
+    "Is the data fine?": ("skipped", "lost_shards", "nonfinite"),
+    "What is it doing?": ("bpp_y", "bpp_z", "learning_rate", "gradient_norm"),
 }
 # Config keys in which the runs of a sweep or of a search for a recipe differ.
 HPARAMS = (
@@ -116,13 +116,13 @@ class Summaries:
                 title=title,
                 chart=[
                     layout_pb2.Chart(title=tag, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$"]))
-                    for tag in tags
+                    for tag in tags_of(names)
                 ],
             )
-            for title, tags in CHARTS.items()
+            for title, names in CHARTS.items()
         ]
         values = {name: value for name, value in flatten(settings).items() if name in HPARAMS and value is not None}
-        metrics = [hparams.Metric(tag, group="val") for tag in ("rd/loss", "rd/bpp", "quality/psnr_db")]
+        metrics = [hparams.Metric(tag, group="val") for tag in tags_of(("loss", "bpp", "psnr_db"))]
 
         def write() -> None:
             self._add_event("train", step, text_pb("config", f"```\n{render(settings)}```"))
@@ -162,3 +162,8 @@ class Summaries:
     def close(self) -> None:
         for writer in self.writers.values():
             self._guard(writer.close)
+
+
+def tags_of(names: Sequence[str]) -> list[str]:
+    """TensorBoard's names of metrics."""
+    return [METRICS[name].tag for name in names]

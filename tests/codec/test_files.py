@@ -25,7 +25,8 @@ from hyperprior.codec import box, codec, files
 from hyperprior.codec.codec import Codec
 from hyperprior.errors import BitstreamError, ConfigError, DataError, StorageError
 from hyperprior.terminal import Terminal
-from hyperprior.training import checkpoint, export, runs
+from hyperprior.training import checkpoint, export
+from hyperprior.training.info import info
 
 HERE = Path(__file__).parents[1]
 
@@ -314,7 +315,7 @@ def test_models_in_the_box_are_chosen_by_quality_and_by_their_own_files(
     files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "y.png"), ".png", False, None, Terminal())
     data = (tmp_path / "x.hyp").read_bytes()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), small.decompress(data))
-    assert runs.info(tmp_path / "x.hyp", None)["given_model"] == f"q2, {small.fingerprint}"
+    assert info(tmp_path / "x.hyp", None)["given_model"] == f"q2, {small.fingerprint}"
     with pytest.raises(ConfigError, match="--quality 9 is not in the box; q2 are"):
         box.choose(None, 9)
     with pytest.raises(ConfigError, match="both given"):
@@ -357,11 +358,11 @@ def test_info_distinguishes_files_models_and_runs(hyperprior: Command, run: Path
     other = data[:5] + bytes(8) + data[13:]
     (tmp_path / "y.hyp").write_bytes(other)
     assert "CRC-32" in hyperprior("info", "y.hyp", check=3).stderr
-    assert runs.info(run / "model", None)["fingerprint"] == model.fingerprint
-    of_run = runs.info(run, None)
+    assert info(run / "model", None)["fingerprint"] == model.fingerprint
+    of_run = info(run, None)
     assert of_run["step"] == 30 and of_run["exported"]["fingerprint"] == model.fingerprint
     with pytest.raises(ConfigError, match="is no model"):
-        runs.info(tmp_path / "z", None)
+        info(tmp_path / "z", None)
 
 
 # Photographs ----------------------------------------------------------------------------------------------

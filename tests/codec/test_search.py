@@ -17,7 +17,7 @@ from scipy import special
 from hyperprior.codec import codec as codecs
 from hyperprior.codec import container, search
 from hyperprior.errors import ConfigError
-from hyperprior.model import measure
+from hyperprior.model import metrics
 
 WEIGHT, CHANNELS = 60.0, 5
 rng = np.random.RandomState(0)
@@ -85,7 +85,7 @@ def image() -> np.ndarray:
 
 def loss(codec: codecs.Codec, image: np.ndarray, file: bytes) -> float:
     """The loss of the whole image, in bits."""
-    error = measure.compare_images(image, codec.decompress(file))["mse"]
+    error = metrics.compare_images(image, codec.decompress(file))["mse"]
     assert error is not None
     return 8 * len(file) + image.shape[0] * image.shape[1] * codec.config.loss.lmbda * 255.0**2 * error
 

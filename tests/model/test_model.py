@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_compression as tfc
 
 from hyperprior import config, storage
-from hyperprior.model import initial, kernels, layers, measure, priors
+from hyperprior.model import initial, kernels, layers, metrics, priors
 from hyperprior.model.hyperprior import ScaleHyperprior, pad
 
 SETTINGS = config.Model(num_filters=8, latent_channels=12, hyper_channels=6)
@@ -30,7 +30,7 @@ def test_ms_ssim_equals_tensorflows(size: tuple[int, int], noise: float) -> None
     x = images(1, 2, *size)
     y = tf.clip_by_value(x + noise * tf.random.stateless_normal(x.shape, [2, 3]), 0.0, 1.0)
     # The filters are summed in another order; variances lose three digits to cancellation.
-    np.testing.assert_allclose(measure.ms_ssim(x, y), tf.image.ssim_multiscale(x, y, 1.0), atol=2e-5)
+    np.testing.assert_allclose(metrics.ms_ssim(x, y), tf.image.ssim_multiscale(x, y, 1.0), atol=2e-5)
 
 
 def test_ms_ssim_with_negative_terms_equals_tensorflows_and_has_a_finite_gradient() -> None:
@@ -38,7 +38,7 @@ def test_ms_ssim_with_negative_terms_equals_tensorflows_and_has_a_finite_gradien
     y = tf.Variable(1.0 - x)
     theirs = tf.image.ssim_multiscale(x, y, 1.0)
     with tf.GradientTape() as tape:
-        ours = measure.ms_ssim(x, y)
+        ours = metrics.ms_ssim(x, y)
         loss = 1.0 - tf.reduce_mean(ours)
     gradient = tape.gradient(loss, y)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -48,15 +48,15 @@ def test_ms_ssim_with_negative_terms_equals_tensorflows_and_has_a_finite_gradien
 def test_psnr_and_lagrangian_equal_their_closed_forms() -> None:
     x = tf.zeros((2, 64, 64, 3))
     y = tf.constant([0.1, 0.5])[:, None, None, None] + x
-    np.testing.assert_allclose(measure.mse(x, y), [0.01, 0.25], rtol=1e-6)
-    np.testing.assert_allclose(measure.psnr_db(measure.mse(x, y)), [20.0, -10 * math.log10(0.25)], rtol=1e-6)
-    np.testing.assert_allclose(measure.psnr_db(tf.constant(0.0)), 100.0, rtol=1e-6)
-    bpp = measure.bits_per_pixel(tf.constant([4096.0, 8192.0]), 64, 64)
+    np.testing.assert_allclose(metrics.mse(x, y), [0.01, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(metrics.psnr_db(metrics.mse(x, y)), [20.0, -10 * math.log10(0.25)], rtol=1e-6)
+    np.testing.assert_allclose(metrics.psnr_db(tf.constant(0.0)), 100.0, rtol=1e-6)
+    bpp = metrics.bits_per_pixel(tf.constant([4096.0, 8192.0]), 64, 64)
     np.testing.assert_allclose(
-        measure.lagrangian(bpp, tf.constant([0.01, 0.01]), 0.013, "mse"), 65025 * 0.00013 + bpp, rtol=1e-6
+        metrics.lagrangian(bpp, tf.constant([0.01, 0.01]), 0.013, "mse"), 65025 * 0.00013 + bpp, rtol=1e-6
     )
     np.testing.assert_allclose(
-        measure.lagrangian(bpp, tf.constant([0.01, 0.01]), 8.73, "ms-ssim"), 0.0873 + bpp, rtol=1e-6
+        metrics.lagrangian(bpp, tf.constant([0.01, 0.01]), 8.73, "ms-ssim"), 0.0873 + bpp, rtol=1e-6
     )
 
 
@@ -174,7 +174,7 @@ def test_the_wavelet_start_codes_photographs_before_it_is_trained() -> None:
         small = ScaleHyperprior(SETTINGS)
         if start == "wavelet":
             initial.start_as_wavelets(small, config.Loss.model_validate({}))
-        psnr[start] = float(tf.reduce_mean(measure.psnr_db(measure.mse(x, small.round(x, small.z_offset()).x_hat))))
+        psnr[start] = float(tf.reduce_mean(metrics.psnr_db(metrics.mse(x, small.round(x, small.z_offset()).x_hat))))
     assert psnr["wavelet"] > max(psnr["random"], 12.0) + 8.0, psnr
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Command, browser_tab, encoded, photo, tar_bytes
 
-from hyperprior.watch.summaries import CHARTS
+from hyperprior.watch.summaries import CHARTS, tags_of
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -36,7 +36,7 @@ def test_tensorboard_shows_charts_pictures_latents_and_the_run(hyperprior: Comma
                     for text in texts:
                         tab.get_by_text(text, exact=True).first.wait_for(timeout=60_000)
 
-                open_page("custom_scalars", *CHARTS, *CHARTS["Is it learning?"])
+                open_page("custom_scalars", *CHARTS, *tags_of(CHARTS["Is it learning?"]))
                 open_page("timeseries", "data/skipped", "gdn/g_a/1/beta")
                 open_page("histograms", "latents/y")
                 open_page("hparams", "loss.lambda", "train.proxy", "val.quality/psnr_db")

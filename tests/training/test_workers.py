@@ -216,7 +216,9 @@ def test_a_shard_truncated_during_a_run_is_counted_alike_on_every_worker(
         assert [exit_code for exit_code, _ in ended] == [code, code], ended
         warned = [sorted({row for row in said.splitlines() if row.startswith("warning: ")}) for _, said in ended]
         assert warned[0] == warned[1] and warned[0]
-        assert all("it was longer" in row and any(str(path) in row for path in shards[:4]) for row in warned[0]), warned
+        assert all(
+            "the file was longer" in row and any(str(path) in row for path in shards[:4]) for row in warned[0]
+        ), warned
         named = {row["sample"] for row in lines(run, "skipped")}
         assert len(named) == len(warned[0])
         if code:

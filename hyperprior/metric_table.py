@@ -1,6 +1,6 @@
 """Every number that a run or an evaluation reports: its name, its format in text, and its tag in TensorBoard.
 
-A metric that the graph measures for each image (`measured`) needs a row here and a formula in `model/measure.py`.
+A metric that the graph measures for each image (`measured`) needs a row here and a formula in `model/metrics.py`.
 """
 
 from __future__ import annotations

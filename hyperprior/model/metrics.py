@@ -25,7 +25,7 @@ MS_SSIM_FLOOR = 1e-3  # a term below this has the gradient of the floor
 def measure(
     x: tf.Tensor, x_hat: tf.Tensor, bits_y: tf.Tensor, bits_z: tf.Tensor, loss: Loss, *, with_ms_ssim: bool = False
 ) -> dict[str, tf.Tensor]:
-    """The metrics of images and their reconstructions, by the names of `hyperprior.metrics`: [B] each.
+    """The metrics of images and their reconstructions, by the names of `hyperprior.metric_table`: [B] each.
 
     ms_ssim is measured only `with_ms_ssim` or if it is the distortion; ms_ssim_images is 1 for images that are large
     enough for it.
