@@ -2,17 +2,19 @@
 
 Read in this order:
 
-    container   the file, byte by byte, and the checks of its bytes
-    exact       h_s in integer arithmetic, and the proof of its bound
-    tables      range-coding tables, made once at export
-    symbols     integers ↔ range-coded strings, with the tables
-    tiles       images of any size, cut into tiles and strips
-    engine      a model's transforms as TensorFlow graphs
-    codec       images ↔ latents ↔ bytes
-    search      the encoder's search for latents that cost less
-    serving     the codec as a SavedModel
-    box         the search for a model by its name, and the models that ship with the package
-    files       the commands on files: compress, decompress, info
+    container      the file, byte by byte, and the checks of its bytes
+    exact          h_s in integer arithmetic, and the proof of its bound
+    tables         range-coding tables, made once at export
+    range_coder    a range coder in Python
+    native         the same by tensorflow-compression's C++ operations, where they can be loaded
+    symbols        integers ↔ range-coded strings, with the tables
+    tiles          images of any size, cut into tiles and strips
+    engine         a model's transforms as TensorFlow graphs
+    codec          images ↔ latents ↔ bytes
+    search         the encoder's search for latents that cost less
+    serving        the codec as a SavedModel
+    box            the search for a model by its name, and the models that ship with the package
+    files          the commands on files: compress, decompress, info
 
 This package knows the model, but not its training.
 """

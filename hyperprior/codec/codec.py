@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hyperprior import config, storage
-from hyperprior.codec import box, container, exact
+from hyperprior.codec import box, container, exact, native, range_coder
 from hyperprior.codec.engine import INT16, TensorFlowEngine
 from hyperprior.codec.symbols import Decoder, Encoder
 from hyperprior.codec.tables import Tables
@@ -50,10 +50,25 @@ class Codec:
         weights = dict(arrays)
         layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(3)]
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
+        self.counts = range_coder.Counts(self.tables.lookup)
         z_offsets = weights.pop("z_offsets")
         self.engine = TensorFlowEngine(weights, layers, z_offsets, settings, origin)
         num_scales = settings.model.num_scales
         self.z_index = np.arange(num_scales, num_scales + settings.model.hyper_channels, dtype=np.int32)
+
+    def make_encoder(self, batch: int) -> Any:
+        """The range coder in C++ where it can be loaded, else the one in Python."""
+        operations = native.load_operations().module
+        if operations:
+            return native.Encoder(operations, self.tables.lookup, batch)
+        return range_coder.Encoder(self.counts, batch)
+
+    def make_decoder(self, strings: Sequence[bytes]) -> Any:
+        """The same for decoding."""
+        operations = native.load_operations().module
+        if operations:
+            return native.Decoder(operations, self.tables.lookup, strings)
+        return range_coder.Decoder(self.counts, strings)
 
     def trained_weights(self) -> TrainedWeights:
         """The weights, as the start of another run. Those of h_s have the precision of its integers."""
@@ -169,22 +184,22 @@ class Codec:
 
     def encode(self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[container.Stream]:
         """The streams of latents; `sizes`: (height, width) of each image."""
-        encoder = Encoder(self.tables, sizes)
+        encoder = Encoder(self.make_encoder(len(sizes)), self.tables, sizes)
         encoder.put(z, np.broadcast_to(self.z_index, z.shape))
         for rows in strips(z.shape, H_S_MARGIN):
-            index = self.engine.indexes(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
+            index = self.engine.indexes(z[:, rows.source()]).numpy()[:, rows.inside(Z_ELEMENTS)]
             encoder.put(y[:, rows.target(Z_ELEMENTS)], index)
         return encoder.finish(bytes.fromhex(self.fingerprint))
 
     def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
         """ŷ [B, h, w, M] int16 and the integers of ẑ of streams with one padded size. Raises BitstreamError."""
-        decoder = Decoder(self.tables, streams)
+        decoder = Decoder(self.make_decoder([stream.coded for stream in streams]), self.tables, streams)
         count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
         z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
         y_shape = (count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, self.config.model.latent_channels)
         y = np.empty(y_shape, np.int16)
         for rows in strips(z.shape, H_S_MARGIN):
-            index = self.engine.indexes(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
+            index = self.engine.indexes(z[:, rows.source()]).numpy()[:, rows.inside(Z_ELEMENTS)]
             y[:, rows.target(Z_ELEMENTS)] = decoder.take(index)
         decoder.finish()
         return y, z

@@ -50,7 +50,7 @@ class TensorFlowEngine:
     def bits_of_z(self, z: np.ndarray) -> float:
         """−log2 p of the integers of ẑ [1, h, w, C] under the model's own density."""
         z_hat = z.astype(np.float32) + exact.offset_values(self.z_offsets)
-        return float(priors.factorized_bits(self.model.prior, z_hat)[0])
+        return float(self.model.prior.bits(z_hat)[0])
 
     def bits_of_y(self, y: np.ndarray, sums: tf.Tensor) -> float:
         """−log2 p of ŷ [1, h, w, M] under the model's own densities; `sums`: the result of `index_sums`."""

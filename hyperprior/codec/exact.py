@@ -85,7 +85,7 @@ def offsets(z_offset: np.ndarray) -> np.ndarray:
 
 def offset_values(z_offsets: np.ndarray) -> np.ndarray:
     """The values of `offsets` as float32."""
-    return z_offsets / np.float32(2**ACTIVATION_BITS)
+    return (z_offsets / 2**ACTIVATION_BITS).astype(np.float32)
 
 
 def index_sums(z: tf.Tensor, z_offsets: tf.Tensor, layers: Layers) -> tf.Tensor:

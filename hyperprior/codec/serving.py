@@ -13,36 +13,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_compression as tfc
 
-from hyperprior.codec import container, symbols
+from hyperprior.codec import container
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.engine import round_to_int16
+from hyperprior.codec.tables import Tables
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.model.hyperprior import pad
 
 
-def save(codec: Codec, folder: Path) -> None:
+def save(codec: Codec, operations: Any, folder: Path) -> None:
     """Writes a SavedModel with the signatures `compress` (image → file) and `decompress` (file → image).
 
-    `image`: [H, W, 3] uint8; `file`: a scalar string, the same bytes as `Codec.compress` gives for images of
-    one tile.
+    `operations`: of `native.load_operations`; `image`: [H, W, 3] uint8; `file`: a scalar string, the same bytes as
+    `Codec.compress` gives for images of one tile.
     """
     module = tf.Module()
     module.weights = list(codec.engine.model.named_variables().values())
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8, "image")], autograph=False)
     def compress(image: tf.Tensor) -> Any:
-        return {"file": compress_in_graph(codec, image)}
+        return {"file": compress_in_graph(codec, operations, image)}
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string, "file")], autograph=False)
     def decompress(file: tf.Tensor) -> Any:
-        return {"image": decompress_in_graph(codec, file)}
+        return {"image": decompress_in_graph(codec, operations, file)}
 
     tf.saved_model.save(module, str(folder), {"compress": compress, "decompress": decompress})
 
 
-def compress_in_graph(codec: Codec, image: tf.Tensor) -> tf.Tensor:
+def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Tensor:
     height, width = tf.unstack(tf.shape(image)[:2])
     is_allowed = (tf.minimum(height, width) > 0) & (tf.maximum(height, width) <= container.MAX_SIDE)
     check = tf.debugging.Assert(is_allowed, ["a side is not within 1 to 65535", height, width])
@@ -51,10 +51,10 @@ def compress_in_graph(codec: Codec, image: tf.Tensor) -> tf.Tensor:
     y = codec.engine.analyse(pad(image[None]))
     z = codec.engine.hyper_analyse(y)
     y = round_to_int16(y)
-    handle = tfc.create_range_encoder([1], codec.tables.lookup)
-    handle, z_outside = symbols.encode(handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
-    handle, y_outside = symbols.encode(handle, codec.tables, y, codec.engine.indexes(z))
-    coded = tfc.entropy_encode_finalize(handle)[0]
+    handle = operations.create_range_encoder([1], codec.tables.lookup)
+    handle, z_outside = encode(operations, handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
+    handle, y_outside = encode(operations, handle, codec.tables, y, codec.engine.indexes(z))
+    coded = operations.entropy_encode_finalize(handle)[0]
     escapes = tf.concat([tf.boolean_mask(z, z_outside), tf.boolean_mask(y, y_outside)], 0)
     body = tf.strings.join(
         [
@@ -69,19 +69,37 @@ def compress_in_graph(codec: Codec, image: tf.Tensor) -> tf.Tensor:
     return tf.strings.join([body, to_bytes([crc32(tf.io.decode_raw(body, tf.uint8))], 4)])
 
 
-def decompress_in_graph(codec: Codec, file: tf.Tensor) -> tf.Tensor:
+def decompress_in_graph(codec: Codec, operations: Any, file: tf.Tensor) -> tf.Tensor:
     stream = read(file, codec.fingerprint)
     rows, columns = (-(-side // DOWNSAMPLING) for side in (stream.height, stream.width))
-    handle = tfc.create_range_decoder([stream.coded], codec.tables.lookup)
+    handle = operations.create_range_decoder([stream.coded], codec.tables.lookup)
     z_index = tf.broadcast_to(codec.z_index, (1, rows, columns, len(codec.z_index)))
-    handle, z, z_escaped = symbols.decode(handle, codec.tables, z_index)
+    handle, z, z_escaped = decode(operations, handle, codec.tables, z_index)
     num_z_escapes = tf.math.count_nonzero(z_escaped, dtype=tf.int32)
     z = fill_escapes(z, z_escaped, stream.escapes[:num_z_escapes])
-    handle, y, y_escaped = symbols.decode(handle, codec.tables, codec.engine.indexes(z))
+    handle, y, y_escaped = decode(operations, handle, codec.tables, codec.engine.indexes(z))
     y = fill_escapes(y, y_escaped, stream.escapes[num_z_escapes:])
     decoded = checksum(stream.height, stream.width, z, y)
     tf.debugging.Assert(decoded == stream.checksum, ["decodes to other symbols than were encoded"])
     return codec.engine.synthesise(tf.cast(y, tf.float32))[0, : stream.height, : stream.width]
+
+
+def encode(
+    operations: Any, handle: tf.Tensor, tables: Tables, values: tf.Tensor, index: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`symbols.Encoder.put` in a graph: (range encoders, where the values [B, …] int32 are stored as escapes)."""
+    symbols = values - tf.gather(tables.first, index)
+    escape = tf.gather(tables.escape, index)
+    is_outside = (symbols < 0) | (symbols >= escape)
+    return operations.entropy_encode_index(handle, index, tf.where(is_outside, escape, symbols)), is_outside
+
+
+def decode(
+    operations: Any, handle: tf.Tensor, tables: Tables, index: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """`symbols.Decoder.take` in a graph: (range decoders, values [B, …] int32, where an escape replaces a value)."""
+    handle, symbols = operations.entropy_decode_index(handle, index, tf.shape(index)[1:], tf.int32)
+    return handle, symbols + tf.gather(tables.first, index), symbols >= tf.gather(tables.escape, index)
 
 
 class StreamTensors(NamedTuple):

@@ -7,17 +7,17 @@ of decoding steps depends only on the image's size, for any bytes.
 
 from __future__ import annotations
 
+import heapq
 import math
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_compression as tfc
 from scipy import special
 
 from hyperprior.codec import exact
 from hyperprior.config import Model
-from hyperprior.model.priors import MAX_BITS
+from hyperprior.model.priors import MAX_BITS, cumulative_logits
+from hyperprior.storage import Arrays
 
 PRECISION = MAX_BITS  # bits of a probability: the most that the range coder accepts
 TAIL_MASS = 2.0**-14  # the escape has at most this probability
@@ -47,30 +47,50 @@ class Masses(NamedTuple):
     probabilities: np.ndarray
 
 
-def in_float64(prior: tfc.NoisyDeepFactorized) -> tfc.UniformNoiseAdapter:
-    """The prior of z in float64. Its errors are too small to change how a table rounds, with any kernels and thread
-    count, so the same weights give the same model on every machine."""
-    base = tfc.DeepFactorized(batch_shape=prior.base.batch_shape, dtype=tf.float64)
-    for variable, trained in zip(base.trainable_variables, prior.base.trainable_variables):
-        variable.assign(tf.cast(trained, tf.float64))
-    return tfc.UniformNoiseAdapter(base)
+def build(prior: Arrays, z_offset: np.ndarray, settings: Model) -> Tables:
+    """Tables for y, Gaussians convolved with a unit box, and for z + z_offset under `prior`.
 
-
-def build(prior: tfc.UniformNoiseAdapter, z_offset: np.ndarray, settings: Model) -> Tables:
-    """Tables for y, Gaussians convolved with a unit box, and for z + z_offset under `prior`, which is in float64."""
+    `prior`: of `priors.FactorizedPrior.arrays`. All is computed in float64 with NumPy, whose errors are too small to
+    change how a table rounds: the same weights give the same model everywhere.
+    """
     low, step = exact.log_scale_table(settings)
     scales = [math.exp(low + step * index) for index in range(settings.num_scales)]
     masses = [*map(gaussian_masses, scales), *factorized_masses(prior, z_offset)]
     lookup, escape = [], []
     for _, probabilities in masses:
         pmf = np.append(probabilities, max(1.0 - probabilities.sum(), 0.0)).astype(np.float32)
-        lookup += [[PRECISION], tfc.pmf_to_quantized_cdf(pmf, precision=PRECISION).numpy()]
+        lookup += [[PRECISION, 0], np.cumsum(quantise(pmf))]
         escape.append(len(pmf) - 1)
     return Tables(
         np.concatenate(lookup).astype(np.int32),
         np.array([first for first, _ in masses], np.int32),
         np.array(escape, np.int32),
     )
+
+
+def quantise(pmf: np.ndarray, precision: int = PRECISION) -> np.ndarray:
+    """Counts of at least 1 that sum to 2^precision, close to a float32 pmf times that: int64.
+
+    Rounding leaves too many or too few counts. They are taken from, or given to, the symbols whose code length then
+    changes the expected length least, one after another; among equal symbols the first.
+    """
+    counts = np.maximum(np.rint(pmf * np.float32(1 << precision)).astype(np.int64), 1)
+    excess = int(counts.sum()) - (1 << precision)
+    step = -1 if excess > 0 else 1
+
+    def cost(symbol: int) -> float:
+        count = int(counts[symbol])
+        if count + step < 1:
+            return math.inf
+        return float(pmf[symbol]) * (math.log2(count) - math.log2(count + step))
+
+    queue = [(cost(symbol), symbol) for symbol in range(len(pmf))]
+    heapq.heapify(queue)
+    for _ in range(abs(excess)):
+        _, symbol = queue[0]
+        counts[symbol] += step
+        heapq.heapreplace(queue, (cost(symbol), symbol))
+    return counts
 
 
 def gaussian_masses(scale: float) -> Masses:
@@ -81,12 +101,13 @@ def gaussian_masses(scale: float) -> Masses:
     return Masses(-half, np.diff(special.ndtr((np.arange(-half, half + 2) - 0.5) / scale)))
 
 
-def factorized_masses(prior: tfc.UniformNoiseAdapter, z_offset: np.ndarray) -> list[Masses]:
+def factorized_masses(prior: Arrays, z_offset: np.ndarray) -> list[Masses]:
     """The masses of the values of z, for each channel."""
     grid = np.arange(-MAX_HALF_WIDTH, MAX_HALF_WIDTH + 1)
     edges = np.append(grid - 0.5, MAX_HALF_WIDTH + 0.5)[:, None] + z_offset.astype(np.float64)
     # Each tail is computed from its own end, where it is precise.
-    below, above = prior.base.cdf(edges).numpy(), prior.base.survival_function(edges).numpy()
+    logits = cumulative_logits(prior, edges)
+    below, above = special.expit(logits), special.expit(-logits)
     masses = []
     for channel in range(len(z_offset)):
         under, over = below[:, channel], above[:, channel]

@@ -77,6 +77,8 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
 
 
 def find_size(sample: Sample) -> int:
+    if sample.data is not None:
+        return len(sample.data)
     with contextlib.suppress(OSError):
         return sample.size or Path(sample.path).stat().st_size
     return 0  # `prepare_sample` reports the unreadable file

@@ -137,7 +137,7 @@ def time_entropy_model(model: ScaleHyperprior, world: World, side: int, repeats:
         with tf.GradientTape() as tape:
             tape.watch([y, z, log_scales])
             total = tf.reduce_sum(priors.gaussian_bits(y, model.scales(log_scales)))
-            total += tf.reduce_sum(priors.factorized_bits(model.prior, z))
+            total += tf.reduce_sum(model.prior.bits(z))
         return tape.gradient(total, [y, z, log_scales])
 
     return time_call(forward_and_backward, repeats).median

@@ -19,12 +19,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
-import tensorflow_compression as tfc
 
 from hyperprior import config
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.model import priors, transforms
+from hyperprior.model.bounds import lower_bound, upper_bound
 
 
 class Forward(NamedTuple):
@@ -52,15 +53,13 @@ class ScaleHyperprior(tf.Module):
         self.g_s = transforms.synthesis(n, m, dtype)
         self.h_a = transforms.hyper_analysis(m, h, dtype)
         self.h_s = transforms.hyper_synthesis(m, h, dtype)
-        self.prior = priors.factorized_prior(h)
+        self.prior = priors.FactorizedPrior(h)
         self._settings = settings
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every variable under a stable name such as `g_a/0/kernel` or `prior/matrix_0`."""
         named = {path.lstrip("/"): variable for path, variable in transforms.named_variables(self)}
-        for variable in self.prior.base.trainable_variables:
-            named["prior/" + variable.name.split("/")[-1].split(":")[0]] = variable
-        return named
+        return {**named, **{f"prior/{name}": variable for name, variable in self.prior.parameters.items()}}
 
     def latent_shapes(self, height: int | tf.Tensor, width: int | tf.Tensor) -> tuple[tuple, tuple]:
         """The shapes of one image's y and z, for sides that are multiples of 64."""
@@ -94,15 +93,15 @@ class ScaleHyperprior(tf.Module):
         x_hat = tf.clip_by_value(out.x_hat[:, :height, :width], 0.0, 1.0)
         return tf.round(x_hat * 255.0) / 255.0, out
 
-    @tf.function(autograph=False)
     def z_offset(self) -> tf.Tensor:
-        """The median of each channel's prior, modulo 1: [hyper_channels]. It takes many iterations: call it rarely."""
-        return tfc.quantization_offset(self.prior)
+        """The median of each channel's prior, modulo 1: [hyper_channels] float32. Call it rarely: it bisects."""
+        medians = priors.find_medians(self.prior.arrays())
+        return tf.constant(medians - np.rint(medians), tf.float32)
 
     def scales(self, log_scales: tf.Tensor) -> tf.Tensor:
         """Standard deviations, clipped to the table's range. Outside it, only gradients that lead back into it pass."""
         low, high = math.log(self._settings.scale_min), math.log(self._settings.scale_max)
-        return tf.exp(tfc.upper_bound(tfc.lower_bound(log_scales, low), high))
+        return tf.exp(upper_bound(lower_bound(log_scales, low), high))
 
     def _decode(self, y: tf.Tensor, z: tf.Tensor, y_hat: tf.Tensor, precise: bool = False) -> Forward:
         """Computes the rates from y and z, and the pixels from y_hat."""
@@ -110,7 +109,7 @@ class ScaleHyperprior(tf.Module):
         return Forward(
             x_hat=self.g_s(y_hat, precise),
             bits_y=priors.gaussian_bits(y, self.scales(log_scales)),
-            bits_z=priors.factorized_bits(self.prior, z),
+            bits_z=self.prior.bits(z),
             y=y,
             log_scales=log_scales,
         )

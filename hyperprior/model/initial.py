@@ -112,7 +112,7 @@ def start_as_wavelets(model: ScaleHyperprior, loss: config.Loss, scale_min: floa
         values[f"g_a/{2 * stage}/kernel"], values[f"g_s/{6 - 2 * stage}/kernel"] = down, up
         bands = [child.band for child in children]
     for name, value in values.items():
-        if name.endswith("/gamma"):  # GDNParameter stores square roots
+        if name.endswith("/gamma"):  # stored as square roots
             values[name] = value * (GAMMA / GDN_GAMMA) ** 0.5
     values["h_s/2/kernel"] = values["h_s/2/kernel"] * H_S_GAIN
     log_scales = [math.log(max(gain * standard_deviation(band), scale_min)) for band in bands]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Optional
 
 import tensorflow as tf
-import tensorflow_compression as tfc
 
 from hyperprior.model import kernels
+from hyperprior.model.bounds import NonNegative
 
 Layer = Callable[[tf.Tensor], tf.Tensor]
 
@@ -52,13 +52,13 @@ class GDN(tf.Module):
     """x / sqrt(beta + gamma · x²), or its approximate inverse, x · sqrt(beta + gamma · x²); see `kernels.gdn`.
 
     Ballé, Laparra, Simoncelli, ICLR 2016. beta and gamma are stored so that they stay non-negative
-    (tfc.GDNParameter).
+    (`bounds.NonNegative`).
     """
 
     def __init__(self, channels: int, *, inverse: bool = False):
         super().__init__()
-        self.beta = tfc.GDNParameter(tf.ones(channels), name="beta", minimum=1e-6)
-        self.gamma = tfc.GDNParameter(GDN_GAMMA * tf.eye(channels), name="gamma")
+        self.beta = NonNegative(tf.ones(channels), minimum=1e-6)
+        self.gamma = NonNegative(GDN_GAMMA * tf.eye(channels))
         self.inverse = inverse
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:

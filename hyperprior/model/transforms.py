@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_compression as tfc
 
+from hyperprior.model.bounds import NonNegative
 from hyperprior.model.layers import GDN, Conv, Layer
 
 # y starts this many times larger than its input, so that it is not lost in noise of unit width. After 500 steps of
@@ -100,7 +100,7 @@ def named_variables(module: Any, prefix: str = "") -> Iterator[tuple[str, tf.Var
         if name.startswith("_"):
             continue
         path = f"{prefix}/{name}"
-        if isinstance(value, tfc.GDNParameter):
+        if isinstance(value, NonNegative):
             yield path, value.variable
         elif isinstance(value, tf.Variable):
             yield path, value

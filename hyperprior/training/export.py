@@ -19,14 +19,14 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_compression as tfc
 
 from hyperprior import __version__, storage
-from hyperprior.codec import box, codec, exact, serving, tables
+from hyperprior.codec import box, codec, exact, native, serving, tables
 from hyperprior.codec.codec import Codec
 from hyperprior.data import splits, stream
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.model.hyperprior import ScaleHyperprior, pad
+from hyperprior.model.priors import find_medians
 from hyperprior.storage import Arrays, TrainedWeights
 from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint
@@ -63,8 +63,10 @@ def export(run: Path, out: Optional[Path], terminal: Terminal, force: bool = Fal
         raise ConfigError(f"{out} exists and holds more than an exported model; choose another --out")
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = storage.fingerprint(trained.arrays)
+    operations = native.load_operations()
     with contextlib.suppress(ConfigError, DataError):
-        is_whole = (out / "model.json").is_file() and (out / "saved_model" / "saved_model.pb").is_file()
+        has_saved_model = (out / "saved_model" / "saved_model.pb").is_file() or not operations.module
+        is_whole = (out / "model.json").is_file() and has_saved_model
         if is_whole and (existing := codec.load(out)).info["weights"] == weights:
             terminal.say(f"model    {out}, {existing.fingerprint}: exported already")
             return {"model": str(out), "fingerprint": existing.fingerprint, **existing.info}
@@ -75,7 +77,10 @@ def export(run: Path, out: Optional[Path], terminal: Terminal, force: bool = Fal
         with replace_directory(out) as folder:
             save_exported(folder / box.WEIGHTS, exported)
             storage.write_text(folder / "model.json", json.dumps(exported.description, indent=2) + "\n")
-            serving.save(exported.codec, folder / "saved_model")
+            if operations.module:
+                serving.save(exported.codec, operations.module, folder / "saved_model")
+            else:
+                terminal.say(f"         without a SavedModel, which needs the C++ range coder: {operations.report}")
     except (OSError, tf.errors.OpError) as error:
         storage.raise_cannot_write(
             error,
@@ -175,8 +180,9 @@ def codec_arrays(model: ScaleHyperprior, trained: TrainedWeights) -> Arrays:
                 f"train it again with a lower train.learning_rate"
             )
     settings = trained.settings.model
-    prior = tables.in_float64(model.prior)
-    z_offsets = exact.offsets(tfc.quantization_offset(prior).numpy())
+    prior = model.prior.arrays()
+    medians = find_medians(prior)
+    z_offsets = exact.offsets(medians - np.rint(medians))
     built = tables.build(prior, exact.offset_values(z_offsets), settings)
     arrays = {name: array for name, array in trained.arrays.items() if not name.startswith("h_s/")}
     for i, (kernel, bias) in enumerate(exact.integers(model.h_s, settings)):

@@ -50,14 +50,15 @@ class Progress:
 
     def add_sums(self, sums: np.ndarray, all_reduce_seconds: float) -> None:
         """Adds the sums of a call (`steps.SUMMED`) to the means that `log_means` reports."""
-        self.state.sums = (np.array(self.state.sums or 0.0) + sums).tolist()
+        for name, value in zip(SUMMED, map(float, sums)):
+            self.state.sums[name] = self.state.sums.get(name, 0.0) + value
         self.all_reduce_seconds += all_reduce_seconds
 
     def log_means(self, optimizer: Optimizer, waited_seconds: float, track: Track) -> None:
         """Reports means over the steps since the last report."""
         state = self.state
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        values = dict(zip(SUMMED, state.sums))
+        values = dict(state.sums)
         steps = max(values.pop("steps"), 1.0)
         values = {name: total / steps for name, total in values.items()}
         values["bpp"] = values["bpp_y"] + values["bpp_z"]
@@ -71,7 +72,7 @@ class Progress:
         values["nonfinite"] = state.nonfinite
         self.report.write_scalars("train", state.step, values)
         track.line(state.step, metric_table.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
-        state.logged_step, state.sums = state.step, []
+        state.logged_step, state.sums = state.step, {}
         self.restart_clock()
 
     def report_skips(self, skips: Sequence[Skip]) -> None:

@@ -20,6 +20,9 @@ from hyperprior.storage import Arrays
 from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint
 
+# The order in which version 0.1.0 stored the sums, without their names.
+SUMS_OF_0_1 = ("loss", "bpp_y", "bpp_z", "distortion", "psnr_db", "gradient_norm", "steps")
+
 
 @dataclasses.dataclass
 class Best:
@@ -51,7 +54,7 @@ class State:
     best: Best = dataclasses.field(default_factory=Best)
     course: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (bpp, PSNR in dB) of validations
     logged_step: int = 0
-    sums: list[float] = dataclasses.field(default_factory=list)  # of the metrics since logged_step
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of the metrics since logged_step
 
     def to_json(self) -> dict[str, Any]:
         """The state as flat JSON. Its names are the same in every version of the format."""
@@ -69,6 +72,8 @@ class State:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
         values = dict(values)
+        if isinstance(values["sums"], list):
+            values["sums"] = dict(zip(SUMS_OF_0_1, values["sums"]))
         return cls(
             cursors=[Cursor(*cursor) for cursor in values.pop("cursors")],
             counts=Counts(**{name: values.pop(name) for name in Counts._fields}),

@@ -218,7 +218,8 @@ def test_a_folder_is_compressed_and_decompressed_from_the_command_line(
     data = (tmp_path / "out" / "a.hyp").read_bytes()
     command = [sys.executable, "-m", "hyperprior", "decompress", "-"]
     piped = subprocess.run(command, input=data, capture_output=True, check=True)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(piped.stdout))), model.decompress(data))
+    pixels = np.asarray(Image.open(io.BytesIO(piped.stdout)), int)  # of another process, maybe with other kernels
+    assert np.abs(pixels - model.decompress(data)).max() <= 1
     assert "exists; --force overwrites it" in hyperprior("compress", "in/a.png", "-o", "out/a.hyp", check=2).stderr
 
 

@@ -1,0 +1,149 @@
+"""A range coder in Python and NumPy. It gives the same bytes as tensorflow-compression's C++ operations.
+
+Martin: "Range encoding: an algorithm for removing redundancy from a digitised message", 1979, with digits of 16 bits.
+The coder holds an interval of 32-bit numbers. A symbol with the cumulative counts [lower, upper) of 2^precision narrows
+the interval to that share of it. Once the interval is no longer than 2^16, its upper digit is known and is written.
+If the interval still contains a multiple of 2^32, a later carry may change that digit: it waits, together with the
+digits of zero that follow it.
+
+A decoder repeats the encoder's arithmetic. It accepts any bytes, reads zeros beyond their end, and takes one step for
+each symbol.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+MASK, DIGIT = 0xFFFFFFFF, 0xFFFF
+
+
+class Counts:
+    """`lookup` of `tables.Tables`: each table as (precision, cumulative counts from 0 to 2^precision)."""
+
+    def __init__(self, lookup: np.ndarray):
+        self.lookup = lookup
+        self.precision: list[int] = []
+        self.cumulative: list[list[int]] = []  # of each table
+        first: list[int] = []  # where each table's counts begin
+        at = 0
+        while at < len(lookup):
+            precision = int(lookup[at])
+            length = int(np.argmax(lookup[at + 1 :] == 1 << precision)) + 1
+            first.append(at + 1)
+            self.precision.append(precision)
+            self.cumulative.append(lookup[at + 1 : at + 1 + length].tolist())
+            at += 1 + length
+        self.first = np.array(first)
+
+
+class Encoder:
+    """Encodes symbols of a batch, each into a string of its own."""
+
+    def __init__(self, counts: Counts, batch: int):
+        self.encoders = [SingleEncoder(counts) for _ in range(batch)]
+
+    def put(self, symbols: np.ndarray, index: np.ndarray) -> None:
+        """Appends `symbols` [B, …] int32, each by the table `index` [B, …]."""
+        for encoder, own_symbols, own_index in zip(self.encoders, symbols, index):
+            encoder.put(own_symbols, own_index)
+
+    def finish(self) -> list[bytes]:
+        return [encoder.finish() for encoder in self.encoders]
+
+
+class Decoder:
+    """Decodes a batch of strings."""
+
+    def __init__(self, counts: Counts, strings: Sequence[bytes]):
+        self.decoders = [SingleDecoder(counts, string) for string in strings]
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        """The next symbols, one for each table `index` [B, …]: int32."""
+        return np.stack([decoder.take(own_index) for decoder, own_index in zip(self.decoders, index)])
+
+
+class SingleEncoder:
+    """One string. The interval is [base, base + size_minus_1], modulo 2³²."""
+
+    def __init__(self, counts: Counts):
+        self.counts = counts
+        self.base, self.size_minus_1 = 0, MASK
+        # Digits that wait for a carry: one plus the upper digit, and 2^16 for each byte of zeros that follows.
+        self.waiting = 0
+        self.string = bytearray()
+
+    def put(self, symbols: np.ndarray, index: np.ndarray) -> None:
+        at = self.counts.first[index.ravel()] + symbols.ravel()
+        lowers, uppers = self.counts.lookup[at].tolist(), self.counts.lookup[at + 1].tolist()
+        precision = self.counts.precision
+        base, size_minus_1, waiting, string = self.base, self.size_minus_1, self.waiting, self.string
+        for lower, upper, table in zip(lowers, uppers, index.ravel().tolist()):
+            size, shift = size_minus_1 + 1, precision[table]
+            begin = size * lower >> shift
+            size_minus_1 = (size * upper >> shift) - 1 - begin
+            base += begin
+            has_carry = base > MASK
+            base &= MASK
+            if base + size_minus_1 > MASK:  # a later carry is possible
+                if size_minus_1 <= DIGIT:
+                    base, size_minus_1 = base << 16 & MASK, size_minus_1 << 16 | DIGIT
+                    waiting += 2 << 16
+                continue
+            if waiting:
+                if not has_carry:
+                    waiting -= 1
+                string += (waiting & DIGIT).to_bytes(2, "big")
+                string += (b"\0" if has_carry else b"\xff") * (waiting >> 16)
+                waiting = 0
+            if size_minus_1 <= DIGIT:
+                digit = base >> 16
+                base, size_minus_1 = base << 16 & MASK, size_minus_1 << 16 | DIGIT
+                if base + size_minus_1 <= MASK:
+                    string += digit.to_bytes(2, "big")
+                else:
+                    waiting = digit + 1
+        self.base, self.size_minus_1, self.waiting = base, size_minus_1, waiting
+
+    def finish(self) -> bytes:
+        """The string, ended by the fewest bytes that name a number in the interval."""
+        if self.waiting:
+            self.string += (self.waiting & DIGIT).to_bytes(2, "big").rstrip(b"\0") or b"\0"
+        elif self.base:
+            byte = (self.base - 1 >> 24) + 1
+            if byte << 24 <= self.base + self.size_minus_1:
+                self.string.append(byte)
+            else:
+                self.string += ((self.base - 1 >> 16) + 1).to_bytes(2, "big")
+        return bytes(self.string)
+
+
+class SingleDecoder:
+    """One string. `value`: the 32 bits of it that the interval is compared with."""
+
+    def __init__(self, counts: Counts, string: bytes):
+        self.counts, self.string = counts, string
+        self.base, self.size_minus_1 = 0, MASK
+        self.value, self.at = int.from_bytes(string[:4].ljust(4, b"\0"), "big"), 4
+
+    def take(self, index: np.ndarray) -> np.ndarray:
+        precision, tables, string = self.counts.precision, self.counts.cumulative, self.string
+        base, size_minus_1, value, at = self.base, self.size_minus_1, self.value, self.at
+        symbols: list[int] = []
+        append = symbols.append
+        for table in index.ravel().tolist():
+            cumulative, size, shift = tables[table], size_minus_1 + 1, precision[table]
+            # The last symbol whose part of the interval does not begin above the value.
+            symbol = bisect_right(cumulative, (((value - base & MASK) + 1 << shift) - 1) // size) - 1
+            append(symbol)
+            begin = size * cumulative[symbol] >> shift
+            size_minus_1 = (size * cumulative[symbol + 1] >> shift) - 1 - begin
+            base = base + begin & MASK
+            if size_minus_1 <= DIGIT:
+                base, size_minus_1 = base << 16 & MASK, size_minus_1 << 16 | DIGIT
+                value = value << 16 & MASK | int.from_bytes(string[at : at + 2].ljust(2, b"\0"), "big")
+                at += 2
+        self.base, self.size_minus_1, self.value, self.at = base, size_minus_1, value, at
+        return np.array(symbols, np.int32).reshape(index.shape)

@@ -1,0 +1,45 @@
+"""Bounds whose gradient only leads back: beyond a bound, a step away from it has no gradient.
+
+With tf.minimum and tf.maximum a value beyond its bound has no gradient at all, and could never return.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+OFFSET = 2.0**-18  # keeps the gradient of a square root finite at 0
+
+
+def lower_bound(x: tf.Tensor, bound: float) -> tf.Tensor:
+    """max(x, bound). Below the bound the gradient passes only where descent along it raises x."""
+
+    @tf.custom_gradient
+    def run(x: tf.Tensor) -> Any:
+        return tf.maximum(x, bound), lambda d: d * tf.cast((x >= bound) | (d < 0.0), d.dtype)
+
+    return run(x)
+
+
+def upper_bound(x: tf.Tensor, bound: float) -> tf.Tensor:
+    """min(x, bound). Above the bound the gradient passes only where descent along it lowers x."""
+
+    @tf.custom_gradient
+    def run(x: tf.Tensor) -> Any:
+        return tf.minimum(x, bound), lambda d: d * tf.cast((x <= bound) | (d > 0.0), d.dtype)
+
+    return run(x)
+
+
+class NonNegative(tf.Module):
+    """A parameter that stays at or above `minimum`, 0 or more. `variable` holds roughly its square root, so steps get
+    smaller near 0 (Ballé, Laparra, Simoncelli, ICLR 2016)."""
+
+    def __init__(self, initial: tf.Tensor, minimum: float = 0.0):
+        super().__init__()
+        self.variable = tf.Variable(tf.sqrt(initial + OFFSET**2))
+        self.bound = (minimum + OFFSET**2) ** 0.5
+
+    def __call__(self) -> tf.Tensor:
+        return tf.square(lower_bound(self.variable, self.bound)) - OFFSET**2
