@@ -25,7 +25,6 @@ class Terminal:
         self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet or as_json, stderr=to_stderr)
         self.as_json, self.to_stderr = as_json, to_stderr
         self.errors = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
-        self._progress: Optional[Progress] = None
 
     def say(self, text: str | Table) -> None:
         self.console.print(text, markup=False)

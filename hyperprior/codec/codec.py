@@ -6,6 +6,7 @@ were encoded. Pixels come from a float transform, and may differ by one level be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,15 @@ class Codec:
         weights = dict(arrays)
         layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(3)]
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
-        self.counts = range_coder.Counts(self.tables.lookup)
         z_offsets = weights.pop("z_offsets")
         self.engine = TensorFlowEngine(weights, layers, z_offsets, settings, origin)
         num_scales = settings.model.num_scales
         self.z_index = np.arange(num_scales, num_scales + settings.model.hyper_channels, dtype=np.int32)
+
+    @functools.cached_property
+    def counts(self) -> range_coder.Counts:
+        """The tables as the Python coder reads them; the C++ one does not need them."""
+        return range_coder.Counts(self.tables.lookup)
 
     def make_encoder(self, batch: int) -> Any:
         """The range coder in C++ where it can be loaded, else the one in Python."""

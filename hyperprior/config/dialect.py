@@ -13,7 +13,6 @@ import yaml
 from hyperprior.errors import ConfigError
 
 REPLACED = ("bool", "int", "float", "timestamp")  # types that PyYAML sees where people mean another type
-DIGITS = "-+0123456789"
 BOOL = r"(?:true|True|TRUE|false|False|FALSE)$"
 INT = r"[-+]?\d+$"
 FLOAT = r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
