@@ -45,7 +45,7 @@ def print_version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and which range coder is used.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -57,6 +57,9 @@ def options(
     """
     global show_traceback
     show_traceback = debug
+    if debug:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("hyperprior").setLevel(logging.DEBUG)
 
 
 show_traceback = False
@@ -164,6 +167,7 @@ def export(
 
     Example: `hyperprior export runs/a --out models/a`
     """
+    stack.start_tensorflow()
     from hyperprior.terminal import Terminal
     from hyperprior.training import export as job
 
@@ -231,6 +235,7 @@ def info(
 
     Example: `hyperprior info photo.hyp --model runs/a`
     """
+    stack.start_tensorflow()
     from hyperprior.terminal import Terminal
     from hyperprior.training import info as job
 
@@ -290,6 +295,7 @@ def inspect(
 
     Example: `hyperprior inspect ILSVRC2012_img_train.tar`
     """
+    stack.start_tensorflow()
     from hyperprior.data import inspect as job
     from hyperprior.terminal import Terminal
 
@@ -324,6 +330,7 @@ def pack_command(
 
     Example: `hyperprior pack photos/ --out shards/ --max-side 1200`
     """
+    stack.start_tensorflow()
     from hyperprior.data import pack as job
     from hyperprior.terminal import Terminal
 
@@ -426,6 +433,7 @@ def doctor(
     from hyperprior.terminal import Terminal
 
     settings = load_config(config, overrides or []) if config else None
+    stack.start_tensorflow()
     from hyperprior.machine import doctor as job
 
     terminal, findings = Terminal(as_json=as_json), job.examine(settings, run)

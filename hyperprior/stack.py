@@ -1,31 +1,54 @@
-"""Starts TensorFlow so that it computes fast on a CPU."""
+"""TensorFlow: which versions work, how it starts fast on a CPU, and the two places where its public interface ends."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
+from collections.abc import Iterator
+from typing import Any
 
+from hyperprior.errors import ConfigError
+
+OLDEST = (2, 14, 1)
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 # With these settings glibc keeps freed memory. It reads them only when a process starts.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
 
-def prefer_onednn() -> None:
-    """Imports TensorFlow with oneDNN kernels, unless it is imported already or the environment has the setting.
+def start_tensorflow(onednn: bool = True) -> None:
+    """Imports TensorFlow. Raises ConfigError if there is none, or one that does not work.
 
-    By default TensorFlow uses these kernels only on a CPU with AVX512-VNNI or AMX. On a CPU with only AVX2 they halve
-    the time of the codec's transforms. A training step takes 0.77 of the time with N=64, the same time with N=128.
+    `onednn`: with oneDNN kernels, unless TensorFlow is imported already or the environment has the setting. By default
+    TensorFlow uses these kernels only on a CPU with AVX512-VNNI or AMX. On a CPU with only AVX2 they halve the time of
+    the codec's transforms. A training step takes 0.77 of the time with N=64, the same time with N=128.
     """
-    if "tensorflow" not in sys.modules and ONEDNN not in os.environ:
+    sets_onednn = onednn and "tensorflow" not in sys.modules and ONEDNN not in os.environ
+    if sets_onednn:
         os.environ[ONEDNN] = "1"
-        try:
-            import tensorflow  # noqa: F401  it reads the setting only on import
-        finally:
+    try:
+        import tensorflow as tf  # it reads the setting only on import
+
+        version = tf.__version__
+    except Exception as error:  # a version for another NumPy or Python fails in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"TensorFlow cannot be imported ({reason}); {describe_working_versions()}") from error
+    finally:
+        if sets_onednn:
             del os.environ[ONEDNN]  # child processes must not inherit it
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if not numbers or tuple(map(int, numbers.groups())) < OLDEST:
+        raise ConfigError(f"TensorFlow is {version}; {describe_working_versions()}")
+
+
+def describe_working_versions() -> str:
+    oldest = ".".join(map(str, OLDEST))
+    return f"{oldest} and newer versions work: `pip install 'tensorflow>={oldest}'`"
 
 
 def use_the_cpu_well(precision: str = "float32") -> None:
-    """Restarts this process with an allocator that keeps freed tensors, then imports TensorFlow with oneDNN kernels.
+    """Restarts this process with an allocator that keeps freed tensors, then starts TensorFlow.
 
     On a CPU a training step takes 0.8 of the time with the allocator's settings, because memory that was freed causes
     no new page faults. Memory use does not change: the largest step determines it.
@@ -34,5 +57,33 @@ def use_the_cpu_well(precision: str = "float32") -> None:
         # Python 3.9 has no sys.orig_argv.
         command = getattr(sys, "orig_argv", ["python", "-m", "hyperprior", *sys.argv[1:]])
         os.execve(sys.executable, [sys.executable, *command[1:]], {**os.environ, **ALLOCATOR})
-    if precision == "float32":  # on a CPU without AVX-512, oneDNN has kernels for float32 only
-        prefer_onednn()
+    start_tensorflow(onednn=precision == "float32")  # on a CPU without AVX-512 oneDNN has kernels for float32 only
+
+
+# TensorFlow's private modules: imported only here ----------------------------------------------------------
+
+
+def is_onednn_on() -> bool:
+    """Whether kernels of oneDNN are used: by setting, or by TensorFlow's choice for this CPU."""
+    from tensorflow.python.util import _pywrap_util_port
+
+    return bool(_pywrap_util_port.IsMklEnabled())
+
+
+@contextlib.contextmanager
+def use_cpu_devices(count: int) -> Iterator[None]:
+    """Makes MultiWorkerMirroredStrategy use `count` logical CPU devices of each worker. Its default is one."""
+    from tensorflow.python.distribute import collective_all_reduce_strategy
+
+    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
+    original = extended._initialize_local_devices
+
+    def devices(self: Any, resolver: Any, worker_device: str) -> tuple[tuple[str, ...], str]:
+        return tuple(f"{worker_device}/device:CPU:{i}" for i in range(count)), "CPU"
+
+    if count > 1:
+        extended._initialize_local_devices = devices
+    try:
+        yield
+    finally:
+        extended._initialize_local_devices = original

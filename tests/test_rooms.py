@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "metric_table": set(),
     "images": set(),
     "draws": set(),
-    "stack": set(),
+    "stack": {"errors"},
     "config": {"errors"},
     "storage": {"errors", "config"},
     "data": SHARED,

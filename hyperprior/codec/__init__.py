@@ -37,7 +37,7 @@ def load(path: str | Path) -> Codec:
     `codec.decompress(data)` returns the image. Raises errors.ConfigError if there is no such model, and
     errors.DataError if the model is damaged.
     """
-    stack.prefer_onednn()
+    stack.start_tensorflow()
     from hyperprior.codec import codec  # TensorFlow takes seconds to import
 
     return codec.load(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -43,8 +44,13 @@ def load_operations() -> Operations:
         except (OSError, tf.errors.OpError) as error:  # built for another TensorFlow, or damaged
             reports.append(f"{package} cannot be loaded: {' '.join(str(error).split())[:200]}")
             continue
-        return Operations(module, "; ".join([*reports, f"{package} is used"]))
-    return Operations(None, "; ".join(reports))
+        reports.append(f"{package} is used")
+        break
+    else:
+        module = None
+    report = "; ".join(reports)
+    logging.getLogger(__name__).debug("range coder of TensorFlow %s: %s", tf.__version__, report)
+    return Operations(module, report)
 
 
 class Encoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import importlib.util
 import itertools
 import os
 import platform
@@ -16,8 +17,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import tensorflow as tf
 
+from hyperprior.codec import native
 from hyperprior.config import Config
 from hyperprior.data import splits, stream
 from hyperprior.data.lanes import Cursor
@@ -27,7 +30,7 @@ from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.model.kernels import cpu_flags
 from hyperprior.model.work import work_of_layers
 
-CUDA_LIBRARIES = ("libcudart.so.11.0", "libcublas.so.11", "libcudnn.so.8")  # what TensorFlow 2.14.1 was built with
+OLDEST_DRIVERS = {"11": "450.80", "12": "525.60"}  # for each major version of CUDA
 READ_SECONDS = 3.0
 # Peak memory of a step on a CPU: a multiple of the activations' memory, and TensorFlow's own memory. N=128 with eight
 # 256 x 256 patches takes 1.8 GiB.
@@ -50,6 +53,7 @@ def examine(settings: Optional[Config], run: Path) -> list[Finding]:
     """Checks the machine and, with a config, its sources, memory and speed, which takes some seconds."""
     findings = [
         check_software(),
+        check_range_coder(),
         *check_gpus(),
         check_cpu(),
         *check_precision(settings),
@@ -64,7 +68,14 @@ def examine(settings: Optional[Config], run: Path) -> list[Finding]:
 def check_software() -> Finding:
     build = tf.sysconfig.get_build_info()
     cuda = f"CUDA {build.get('cuda_version')}" if tf.test.is_built_with_cuda() else "no CUDA"
-    return Finding("software", f"Python {platform.python_version()}, TensorFlow {tf.__version__} built with {cuda}")
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, TensorFlow {tf.__version__} with {cuda}"
+    return Finding("software", versions)
+
+
+def check_range_coder() -> Finding:
+    """Which range coder is used and, for each package of C++ ones, why or why not."""
+    operations = native.load_operations()
+    return Finding("range coder", f"{'C++' if operations.module else 'Python, slower'}: {operations.report}")
 
 
 def check_gpus() -> list[Finding]:
@@ -79,9 +90,15 @@ def check_gpus() -> list[Finding]:
         return [Finding("GPU", "none, because CUDA_VISIBLE_DEVICES hides them")]
     if not driver.exists() and not list(Path("/dev").glob("nvidia[0-9]*")):
         return [Finding("GPU", "none in this machine, or no driver: training uses the CPU")]
+    cuda, cudnn = (str(tf.sysconfig.get_build_info().get(name, "")) for name in ("cuda_version", "cudnn_version"))
+    if not cuda:
+        return [Finding("GPU", "there is one, but this TensorFlow was built without CUDA", "pip install '.[cuda]'")]
+    cuda = cuda.split(".")[0]
     if not driver.exists():
-        return [Finding("GPU", "there is a device, but no driver", "install NVIDIA's driver, 450.80 or later")]
-    missing = [name for name in CUDA_LIBRARIES if not can_load(name)]
+        remedy = f"install NVIDIA's driver, {OLDEST_DRIVERS.get(cuda, 'a recent one')} or later"
+        return [Finding("GPU", "there is a device, but no driver", remedy)]
+    libraries = (f"libcudart.so.{'11.0' if cuda == '11' else cuda}", f"libcublas.so.{cuda}", f"libcudnn.so.{cudnn}")
+    missing = [name for name in libraries if not can_load(name)]
     version = driver.read_text().splitlines()[0]
     if missing:
         return [Finding("GPU", f"driver found ({version}), but not {', '.join(missing)}", "pip install '.[cuda]'")]
@@ -90,6 +107,10 @@ def check_gpus() -> list[Finding]:
 
 
 def can_load(library: str) -> bool:
+    packages = importlib.util.find_spec("nvidia")  # NVIDIA's wheels; TensorFlow finds their libraries itself
+    folders = packages.submodule_search_locations or [] if packages else []
+    if any(path for folder in folders for path in Path(folder).glob(f"*/lib/{library}")):
+        return True
     try:
         ctypes.CDLL(library)
     except OSError:

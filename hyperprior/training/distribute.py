@@ -18,10 +18,8 @@ from typing import Any, Optional, TypeVar
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.distribute import collective_all_reduce_strategy
-from tensorflow.python.util import _pywrap_util_port
 
-from hyperprior import config
+from hyperprior import config, stack
 from hyperprior.errors import ConfigError, HyperpriorError, LostWorker, find_error_type
 
 T = TypeVar("T")
@@ -52,7 +50,7 @@ class World:
         self.strategy: tf.distribute.Strategy
         if self.workers > 1:
             wait_for_workers(cluster, self.worker, settings.start_timeout)
-            with kill_after(settings.start_timeout), use_cpu_devices(settings.cpu_devices or 1):
+            with kill_after(settings.start_timeout), stack.use_cpu_devices(settings.cpu_devices or 1):
                 self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         elif self.local_replicas > 1 or gpus:
             devices = [f"{self.device_kind}:{i}" for i in range(self.local_replicas)]
@@ -152,7 +150,7 @@ class World:
         """Everything besides (config, seed, step) that changes the bits of a training step. Checkpoints store it."""
         return {
             "tensorflow": tf.__version__,
-            "onednn": str(int(_pywrap_util_port.IsMklEnabled())),
+            "onednn": str(int(stack.is_onednn_on())),
             "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count(),
             "devices": f"{self.replicas} x {self.device_kind}",
             "workers": self.workers,
@@ -210,23 +208,6 @@ def kill_after(seconds: int) -> Iterator[None]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old_handler)
         faulthandler.cancel_dump_traceback_later()
-
-
-@contextlib.contextmanager
-def use_cpu_devices(count: int) -> Iterator[None]:
-    """Makes MultiWorkerMirroredStrategy use `count` logical CPU devices of each worker. Its default is one."""
-    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
-    original = extended._initialize_local_devices
-
-    def devices(self: Any, resolver: Any, worker_device: str) -> tuple[tuple[str, ...], str]:
-        return tuple(f"{worker_device}/device:CPU:{i}" for i in range(count)), "CPU"
-
-    if count > 1:
-        extended._initialize_local_devices = devices
-    try:
-        yield
-    finally:
-        extended._initialize_local_devices = original
 
 
 def read_tf_config() -> tuple[list[str], int]:
