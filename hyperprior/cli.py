@@ -30,6 +30,9 @@ Effort = Annotated[
     int,
     typer.Option(min=0, metavar="ROUNDS", help="Rounds of a slow search for a smaller file of equal quality; try 20."),
 ]
+Engine = Annotated[
+    str, typer.Option(help="numpy, tensorflow, or auto: NumPy, which starts at once, until TensorFlow saves time.")
+]
 Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
@@ -187,6 +190,7 @@ def compress(
     effort: Effort = 0,
     force: Force = False,
     verify: Annotated[bool, typer.Option("--verify", help="Also decode, and print PSNR and MS-SSIM.")] = False,
+    engine: Engine = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -198,7 +202,7 @@ def compress(
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else images), as_json)
-    files.compress(images, box.choose(model, quality), out, effort, force, verify, terminal)
+    files.compress(images, box.choose(model, quality), out, effort, force, verify, terminal, engine)
 
 
 @app.command()
@@ -211,6 +215,7 @@ def decompress(
     max_pixels: Annotated[
         Optional[int], typer.Option(min=1, help="Refuse larger images. Default: the limit of `compress`.")
     ] = None,
+    engine: Engine = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -224,7 +229,7 @@ def decompress(
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else hyp), as_json)
-    files.decompress(hyp, model, out, "." + suffix.lower().lstrip("."), force, max_pixels, terminal)
+    files.decompress(hyp, model, out, "." + suffix.lower().lstrip("."), force, max_pixels, terminal, engine)
 
 
 @app.command()
@@ -235,7 +240,6 @@ def info(
 
     Example: `hyperprior info photo.hyp --model runs/a`
     """
-    stack.start_tensorflow()
     from hyperprior.terminal import Terminal
     from hyperprior.training import info as job
 
@@ -362,6 +366,7 @@ def evaluate(
         typer.Option(help="An earlier summary.json: exit 1 if a model is worse than the one with its lambda there."),
     ] = None,
     margin: Annotated[float, typer.Option(min=0, help="Margin of --gate, in percent of the loss.")] = 0.5,
+    engine: Engine = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -374,10 +379,11 @@ def evaluate(
     """
     from hyperprior.terminal import Terminal
 
-    stack.use_the_cpu_well()
+    if engine != "numpy" and stack.is_installed():
+        stack.use_the_cpu_well()
     from hyperprior.evaluation import evaluate as job
 
-    options = job.Options(effort, baselines, published, cache, gate, margin)
+    options = job.Options(effort, baselines, published, cache, gate, margin, engine)
     job.evaluate(models, images, out, options, Terminal(quiet, as_json=as_json))
 
 
@@ -480,5 +486,14 @@ def main() -> None:
             sys.exit(error.exit_code)
         # For example, a full disk behind stdout, or a file name that is too long.
         sys.exit(75 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2)
+    except ModuleNotFoundError as error:  # installed without all dependencies
+        if show_traceback or not error.name or error.name.startswith("hyperprior"):
+            raise
+        package = error.name.partition(".")[0]
+        print(
+            f"hyperprior: this command needs {package}, which is not installed: `pip install {package}`",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

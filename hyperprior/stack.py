@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import sys
@@ -15,6 +16,10 @@ OLDEST = (2, 14, 1)
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 # With these settings glibc keeps freed memory. It reads them only when a process starts.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("tensorflow") is not None
 
 
 def start_tensorflow(onednn: bool = True) -> None:
@@ -32,6 +37,10 @@ def start_tensorflow(onednn: bool = True) -> None:
 
         version = tf.__version__
     except Exception as error:  # a version for another NumPy or Python fails in many ways
+        if not is_installed():
+            raise ConfigError(
+                f"this needs TensorFlow, which is not installed; {describe_working_versions()}"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"TensorFlow cannot be imported ({reason}); {describe_working_versions()}") from error
     finally:

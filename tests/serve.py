@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_compression  # noqa: F401  its range coder
+
+try:
+    import tensorflow_compression  # noqa: F401  its range coder
+except ImportError:
+    import tensorflow_compression_ops  # noqa: F401
 
 sys.modules["hyperprior"] = None  # type: ignore[assignment]
 try:

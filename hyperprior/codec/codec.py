@@ -6,18 +6,20 @@ were encoded. Pixels come from a float transform, and may differ by one level be
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hyperprior import config, storage
-from hyperprior.codec import box, container, exact, native, range_coder
-from hyperprior.codec.engine import INT16, TensorFlowEngine
+from hyperprior import config, stack, storage
+from hyperprior.codec import box, container, exact
+from hyperprior.codec.numpy_engine import NumPyEngine
 from hyperprior.codec.symbols import Decoder, Encoder
-from hyperprior.codec.tables import Tables
+from hyperprior.codec.tables import INT16, Tables
 from hyperprior.codec.tiles import (
     G_A_MARGIN,
     G_S_MARGIN,
@@ -27,6 +29,7 @@ from hyperprior.codec.tiles import (
     TILE,
     Y_PIXELS,
     Z_ELEMENTS,
+    Span,
     blocks,
     cut_pixels,
     group_by_size,
@@ -35,49 +38,68 @@ from hyperprior.codec.tiles import (
 )
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.errors import BitstreamError, ConfigError, DataError
+from hyperprior.model import architecture, densities
+from hyperprior.model.quality import lagrangian
 from hyperprior.storage import Arrays, TrainedWeights
+
+ENGINES = ("auto", "numpy", "tensorflow")
+# Pixels from which on TensorFlow's start takes less time than it saves.
+TENSORFLOW_PAYS = 8 * 2**20
 
 
 class Codec:
     """A model that compresses and decompresses.
 
     `fingerprint`: 16 hexadecimal digits, in every file that it writes; `config`: of the run that trained it;
-    `info`: the notes of export (step, weights, version, cost of exactness).
+    `info`: the notes of export (step, weights, version, cost of exactness). `engine` computes the transforms: "numpy",
+    "tensorflow", or "auto", which is TensorFlow once it pays (`TENSORFLOW_PAYS`).
+
+    Raises ValueError if arrays are missing, or have shapes or values that a model cannot have.
     """
 
-    def __init__(self, arrays: Arrays, settings: config.Config, info: dict[str, Any], origin: str):
+    def __init__(
+        self, arrays: Arrays, settings: config.Config, info: dict[str, Any], origin: str, engine: str = "auto"
+    ):
+        if engine not in ENGINES:
+            raise ConfigError(f"engine is {engine}; choose one of {', '.join(ENGINES)}")
         self.config, self.info, self.origin = settings, info, origin
         self.fingerprint = storage.fingerprint(arrays)
+        model = settings.model
+        check_arrays(arrays, model)
         weights = dict(arrays)
-        layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(3)]
+        number_of_layers = len(architecture.hyper_synthesis(model))
+        self.layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(number_of_layers)]
+        exact.check_bounds(self.layers, model)
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
-        z_offsets = weights.pop("z_offsets")
-        self.engine = TensorFlowEngine(weights, layers, z_offsets, settings, origin)
-        num_scales = settings.model.num_scales
-        self.z_index = np.arange(num_scales, num_scales + settings.model.hyper_channels, dtype=np.int32)
+        self.tables.check(model.num_scales + model.hyper_channels)
+        self.z_offsets = weights.pop("z_offsets")
+        self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
+        self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
+        self.choice, self.pixels = engine, 0
+        if engine == "tensorflow" or (engine == "auto" and "tensorflow" in sys.modules):
+            self.engine: Any = self.tensorflow_engine
+        else:
+            self.engine = NumPyEngine(self.weights, self.layers, self.z_offsets, self.tables, model)
 
     @functools.cached_property
-    def counts(self) -> range_coder.Counts:
-        """The tables as the Python coder reads them; the C++ one does not need them."""
-        return range_coder.Counts(self.tables.lookup)
+    def tensorflow_engine(self) -> Any:
+        """Raises ConfigError if there is no TensorFlow."""
+        stack.start_tensorflow()
+        from hyperprior.codec.tensorflow_engine import TensorFlowEngine
 
-    def make_encoder(self, batch: int) -> Any:
-        """The range coder in C++ where it can be loaded, else the one in Python."""
-        operations = native.load_operations().module
-        if operations:
-            return native.Encoder(operations, self.tables.lookup, batch)
-        return range_coder.Encoder(self.counts, batch)
+        return TensorFlowEngine(self.weights, self.layers, self.z_offsets, self.tables, self.config.model)
 
-    def make_decoder(self, strings: Sequence[bytes]) -> Any:
-        """The same for decoding."""
-        operations = native.load_operations().module
-        if operations:
-            return native.Decoder(operations, self.tables.lookup, strings)
-        return range_coder.Decoder(self.counts, strings)
+    def choose_engine(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Counts the pixels of images of (height, width), and changes to TensorFlow if it will save time."""
+        self.pixels += sum(height * width for height, width in sizes)
+        if self.choice == "auto" and self.pixels > TENSORFLOW_PAYS and stack.is_installed():
+            with contextlib.suppress(ConfigError):  # one that does not work
+                self.engine = self.tensorflow_engine
 
     def trained_weights(self) -> TrainedWeights:
         """The weights, as the start of another run. Those of h_s have the precision of its integers."""
-        return TrainedWeights(self.engine.weights(), self.config, self.info["step"])
+        weights = {**self.weights, **exact.weights(self.layers, self.config.model)}
+        return TrainedWeights(weights, self.config, self.info["step"])
 
     def compress(self, image: np.ndarray, effort: int = 0) -> bytes:
         """A whole `.hyp` file of an [H, W, 3] uint8 image, sides 1 to 65,535. Raises DataError.
@@ -96,6 +118,7 @@ class Codec:
             container.check_size(*image.shape[:2])
         files: list[bytes] = [b""] * len(images)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
+        self.choose_engine(sizes)
         for group in group_by_size(sizes):
             y, z = self.latents_of([images[i] for i in group])
             if effort:
@@ -115,6 +138,7 @@ class Codec:
         streams = [self.read(data, max_pixels) for data in files]
         images: list[np.ndarray] = [np.empty(0)] * len(files)
         sizes = [(stream.height, stream.width) for stream in streams]
+        self.choose_engine(sizes)
         for group in group_by_size(sizes):
             y, _ = self.decode([streams[i] for i in group])
             for i, image in zip(group, self.pixels_of(y, [sizes[i] for i in group])):
@@ -122,7 +146,8 @@ class Codec:
         return images
 
     def check_effort(self, effort: int) -> None:
-        """Raises ConfigError for an effort below 0, and for one above 0 if the model was not trained for MSE."""
+        """Raises ConfigError for an effort below 0, and for one above 0 if the model was not trained for MSE, or if
+        there is no TensorFlow, whose gradients the search needs."""
         if effort < 0:
             raise ConfigError(f"effort is {effort}; it must be a number of rounds, 0 or more")
         if effort and self.config.loss.metric != "mse":
@@ -130,6 +155,8 @@ class Codec:
                 f"effort is {effort}, a search for smaller squared errors; {self.origin} was trained for "
                 f"{self.config.loss.metric}: set effort to 0"
             )
+        if effort:
+            _ = self.tensorflow_engine
 
     def read(self, data: bytes, max_pixels: int = container.MAX_PIXELS) -> container.Stream:
         """The checked contents of a file. Raises BitstreamError, also for a file of another model."""
@@ -148,10 +175,12 @@ class Codec:
     def estimated_bits(self, data: bytes) -> float:
         """−log2 p of a file's latents under the model's own densities: y and z together. Raises BitstreamError."""
         y, z = self.decode([self.read(data)])
-        total = self.engine.bits_of_z(z)
+        prior = storage.with_prefix("prior/", self.weights)
+        z_hat = z.reshape(-1, z.shape[-1]) + exact.offset_values(self.z_offsets)
+        total = densities.bits_of_z(prior, z_hat)
         for rows in strips(z.shape, H_S_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
-            total += self.engine.bits_of_y(y[:, rows.target(Z_ELEMENTS)], sums)
+            total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], exact.scales(sums, self.config.model))
         return total
 
     # The steps of compression and decompression: images ↔ latents ↔ strings -------------------------------
@@ -163,17 +192,18 @@ class Codec:
         y_shape = (len(images), rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, model.latent_channels)
         y = np.empty(y_shape, np.float32)
         for rows, columns in tiles(y.shape, TILE, G_A_MARGIN):
-            tile = self.engine.analyse(np.stack([cut_pixels(image, rows, columns) for image in images])).numpy()
+            tile = self.engine.analyse(np.stack([cut_pixels(image, rows, columns) for image in images]))
             y[:, rows.target(), columns.target()] = tile[:, rows.inside(), columns.inside()]
         z = np.empty((len(images), rows_of_z, columns_of_z, model.hyper_channels), np.int32)
         for rows in strips(z.shape, H_A_MARGIN):
-            strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)]).numpy()
+            strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)])
             z[:, rows.target()] = strip[:, rows.inside()]
         np.rint(y, out=y)
         return np.clip(y, INT16.min, INT16.max, out=y), z
 
     def improve(self, y: np.ndarray, z: np.ndarray, image: np.ndarray, effort: int) -> None:
         """Changes `y` [1, h, w, M] to cheaper latents, tile by tile. A tile sees the changes of earlier tiles."""
+        weight = lagrangian(0.0, 1.0 / 3.0, self.config.loss.lmbda, "mse")  # MSE averages over channels
         for rows, columns in tiles(z.shape, TILE // Z_ELEMENTS, SEARCH_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source(), columns.source()])
             scales = exact.scales(sums, self.config.model)
@@ -185,27 +215,31 @@ class Codec:
             may_change = np.zeros((1, *y[place].shape[1:3], 1), np.float32)
             may_change[:, rows.inside(Z_ELEMENTS), columns.inside(Z_ELEMENTS)] = 1.0
             x = x[None] / np.float32(255.0)
-            y[place] = self.engine.search(y[place], scales, x, is_image, may_change, effort)
+            search = self.tensorflow_engine.search
+            y[place] = search(y[place], scales, x, is_image, may_change, weight, effort)
+
+    def indexes(self, z: np.ndarray, rows: Span) -> np.ndarray:
+        """The table of each element of y in a strip of rows of z: [B, 4h, w, M] int32."""
+        sums = self.engine.index_sums(z[:, rows.source()])
+        return exact.indexes(sums[:, rows.inside(Z_ELEMENTS)], self.config.model.num_scales)
 
     def encode(self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[container.Stream]:
         """The streams of latents; `sizes`: (height, width) of each image."""
-        encoder = Encoder(self.make_encoder(len(sizes)), self.tables, sizes)
+        encoder = Encoder(self.engine.coder.encoder(len(sizes)), self.tables, sizes)
         encoder.put(z, np.broadcast_to(self.z_index, z.shape))
         for rows in strips(z.shape, H_S_MARGIN):
-            index = self.engine.indexes(z[:, rows.source()]).numpy()[:, rows.inside(Z_ELEMENTS)]
-            encoder.put(y[:, rows.target(Z_ELEMENTS)], index)
+            encoder.put(y[:, rows.target(Z_ELEMENTS)], self.indexes(z, rows))
         return encoder.finish(bytes.fromhex(self.fingerprint))
 
     def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
         """ŷ [B, h, w, M] int16 and the integers of ẑ of streams with one padded size. Raises BitstreamError."""
-        decoder = Decoder(self.make_decoder([stream.coded for stream in streams]), self.tables, streams)
+        decoder = Decoder(self.engine.coder.decoder([stream.coded for stream in streams]), self.tables, streams)
         count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
         z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
         y_shape = (count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, self.config.model.latent_channels)
         y = np.empty(y_shape, np.int16)
         for rows in strips(z.shape, H_S_MARGIN):
-            index = self.engine.indexes(z[:, rows.source()]).numpy()[:, rows.inside(Z_ELEMENTS)]
-            y[:, rows.target(Z_ELEMENTS)] = decoder.take(index)
+            y[:, rows.target(Z_ELEMENTS)] = decoder.take(self.indexes(z, rows))
         decoder.finish()
         return y, z
 
@@ -213,14 +247,30 @@ class Codec:
         """The images of ŷ [B, h, w, M], each cropped to its (height, width)."""
         images = [np.empty((height, width, 3), np.uint8) for height, width in sizes]
         for rows, columns in tiles(y.shape, TILE, G_S_MARGIN):
-            tile = self.engine.synthesise(y[:, rows.source(), columns.source()].astype(np.float32)).numpy()
+            tile = self.engine.synthesise(y[:, rows.source(), columns.source()].astype(np.float32))
             for image, pixels in zip(images, tile[:, rows.inside(Y_PIXELS), columns.inside(Y_PIXELS)]):
                 place = image[rows.target(Y_PIXELS), columns.target(Y_PIXELS)]
                 place[:] = pixels[: place.shape[0], : place.shape[1]]
         return images
 
 
-def load(path: str | Path) -> Codec:
+def check_arrays(arrays: Arrays, model: config.Model) -> None:
+    """Raises ValueError if arrays are missing, or have shapes, types or values that a model cannot have."""
+    count = model.num_scales + model.hyper_channels
+    others = {"z_offsets": (model.hyper_channels,), "tables/first": (count,), "tables/escape": (count,)}
+    shapes = {**architecture.shapes_of_weights(model), **others, "tables/lookup": (arrays["tables/lookup"].size,)}
+    for name, shape in shapes.items():
+        array = arrays[name]
+        is_integer = name in others or name.startswith(("tables/", "h_s/"))
+        if array.shape != shape or array.dtype.kind != ("i" if is_integer else "f"):
+            raise ValueError(f"`{name}` is {list(array.shape)} {array.dtype}, and should be {list(shape)}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"`{name}` is not finite")
+    if extra := sorted(arrays.keys() - shapes.keys()):
+        raise ValueError(f"`{extra[0]}` belongs to no part of it")
+
+
+def load(path: str | Path, engine: str = "auto") -> Codec:
     """The codec of the model that `box.find` finds.
 
     Raises ConfigError if there is no such model, and DataError if the model is damaged.
@@ -229,11 +279,11 @@ def load(path: str | Path) -> Codec:
     origin = str(file.parent if file.name == box.WEIGHTS else file)
     try:
         arrays, state = storage.load_arrays(file, box.FORMAT)
-        codec = Codec(arrays, config.validate(state["config"], origin), state["info"], origin)
-    except ValueError as error:
-        raise DataError(f"model {error}; export it again") from error
+        codec = Codec(arrays, config.validate(state["config"], origin), state["info"], origin, engine)
     except KeyError as error:
         raise DataError(f"model {origin} is damaged: it has no {error}; export it again") from error
+    except ValueError as error:
+        raise DataError(f"model {origin} is damaged: {error}; export it again") from error
     if codec.fingerprint != state["fingerprint"]:
         raise DataError(
             f"model {origin} is damaged: its weights and tables have fingerprint {codec.fingerprint}, its "

@@ -6,7 +6,7 @@ activations are multiples of 2⁻¹² clamped to ±4096, and `check_bound` prove
 2⁵³ every sum is exact in any order. Clamping, scaling by powers of two and rounding are exact by IEEE 754.
 
 `layers` is a list of (kernel, bias): int32 [k, k, …] in units of 2⁻¹⁶ and int64 [out] in units of 2⁻²⁸. The
-last layer is scaled so that its output is the index into the table of scales.
+last layer is scaled so that its output is the index into the table of scales. The engines compute them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import tensorflow as tf
 
 from hyperprior.config import Model
 from hyperprior.errors import ConfigError
-from hyperprior.model.layers import Conv
-from hyperprior.model.transforms import Transform
+from hyperprior.model.architecture import hyper_synthesis
 from hyperprior.storage import Arrays
 
 WEIGHT_BITS, ACTIVATION_BITS, RANGE_BITS = 16, 12, 12
@@ -30,22 +28,23 @@ EXACT = 2**53  # float64 holds every integer up to here
 Layers = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
-def integers(h_s: Transform, settings: Model) -> Layers:
+def integers(weights: Arrays, settings: Model) -> Layers:
     """The layers of a trained h_s, whose output is the logarithm of the scales, as integers.
 
-    Raises ConfigError if a partial sum could exceed the integers that float64 holds exactly.
+    `weights`: by the model's names, such as `h_s/0/kernel`. Raises ConfigError if a partial sum could exceed the
+    integers that float64 holds exactly.
     """
     low, step = log_scale_table(settings)
     layers = []
-    convolutions: list[Conv] = list(h_s.layers)  # type: ignore[arg-type]
-    for number, layer in enumerate(convolutions):
-        kernel, bias = layer.kernel.numpy().astype(np.float64), layer.bias.numpy().astype(np.float64)
+    convolutions = hyper_synthesis(settings)
+    for number in range(len(convolutions)):
+        kernel, bias = (weights[f"h_s/{number}/{name}"].astype(np.float64) for name in ("kernel", "bias"))
         if number == len(convolutions) - 1:
             kernel, bias = kernel / step, (bias - low) / step
         kernel, bias = np.rint(kernel * 2.0**WEIGHT_BITS), np.rint(bias * 2.0**SUM_BITS)
-        check_bound(kernel, bias, layer.transpose, f"h_s/{number}")
-        layers.append((kernel.astype(np.int32), bias.astype(np.int64)))
-    return layers
+        layers.append((kernel, bias))
+    check_bounds(layers, settings)
+    return [(kernel.astype(np.int32), bias.astype(np.int64)) for kernel, bias in layers]
 
 
 def weights(layers: Layers, settings: Model) -> Arrays:
@@ -66,16 +65,17 @@ def log_scale_table(settings: Model) -> tuple[float, float]:
     return low, (high - low) / (settings.num_scales - 1)
 
 
-def check_bound(kernel: np.ndarray, bias: np.ndarray, transpose: bool, name: str) -> None:
+def check_bounds(layers: Layers, settings: Model) -> None:
     """Proves that |partial sums| < 2⁵³ for every input, or raises ConfigError."""
-    taps = np.abs(kernel).sum(axis=(0, 1, 3) if transpose else (0, 1, 2))
-    bound = float(np.max(taps * 2.0 ** (ACTIVATION_BITS + RANGE_BITS) + np.abs(bias)))
-    # `not <` also refuses NaN. The kernel must fit into int32, in which it is stored.
-    if not bound < EXACT or not np.abs(kernel).max() < 2**31:
-        raise ConfigError(
-            f"{name} cannot be made exact: its partial sums may reach {bound:.3g}, but must stay below 2**53; "
-            f"its weights are too large: train the run again with a lower train.learning_rate"
-        )
+    for number, (layer, (kernel, bias)) in enumerate(zip(hyper_synthesis(settings), layers)):
+        taps = np.abs(kernel.astype(np.float64)).sum(axis=(0, 1, 3) if layer.transpose else (0, 1, 2))
+        bound = float(np.max(taps * 2.0 ** (ACTIVATION_BITS + RANGE_BITS) + np.abs(bias.astype(np.float64))))
+        # `not <` also refuses NaN. The kernel must fit into int32, in which it is stored.
+        if not bound < EXACT or not np.abs(kernel).max() < 2**31:
+            raise ConfigError(
+                f"h_s/{number} cannot be made exact: its partial sums may reach {bound:.3g}, but must stay below "
+                f"2**53; its weights are too large: train the run again with a lower train.learning_rate"
+            )
 
 
 def offsets(z_offset: np.ndarray) -> np.ndarray:
@@ -88,29 +88,13 @@ def offset_values(z_offsets: np.ndarray) -> np.ndarray:
     return (z_offsets / 2**ACTIVATION_BITS).astype(np.float32)
 
 
-def index_sums(z: tf.Tensor, z_offsets: tf.Tensor, layers: Layers) -> tf.Tensor:
-    """[B, h, w, C] integers of ẑ → [B, 4h, 4w, M] float64: the scale index in units of 2⁻²⁸, not yet rounded."""
-    # Always on the CPU: the libraries of a GPU may transform a convolution, which adds roundings.
-    with tf.device("cpu:0"):
-        limit = 2.0 ** (ACTIVATION_BITS + RANGE_BITS)
-        x = tf.cast(z, tf.float64) * 2.0**ACTIVATION_BITS + tf.cast(z_offsets, tf.float64)
-        x = tf.clip_by_value(x, -limit, limit)
-        *inner, (last_kernel, last_bias) = layers
-        for kernel, bias in inner:
-            batch, height, width, _ = tf.unstack(tf.shape(x))
-            shape = (batch, 2 * height, 2 * width, kernel.shape[2])
-            x = tf.nn.conv2d_transpose(x, tf.cast(kernel, tf.float64), shape, 2, "SAME") + tf.cast(bias, tf.float64)
-            x = tf.round(tf.clip_by_value(x * 2.0**-WEIGHT_BITS, 0.0, limit))  # ReLU, and rounding to integers
-        return tf.nn.conv2d(x, tf.cast(last_kernel, tf.float64), 1, "SAME") + tf.cast(last_bias, tf.float64)
+def indexes(sums: np.ndarray, num_scales: int) -> np.ndarray:
+    """int32 indexes into the table of scales, rounded to the nearest entry; `sums`: in units of 2⁻²⁸, as h_s gives
+    them."""
+    return np.rint(np.clip(sums * 2.0**-SUM_BITS, 0.0, num_scales - 1.0)).astype(np.int32)
 
 
-def indexes(sums: tf.Tensor, num_scales: int) -> tf.Tensor:
-    """int32 indexes into the table of scales, rounded to the nearest entry."""
-    return tf.cast(tf.round(tf.clip_by_value(sums * 2.0**-SUM_BITS, 0.0, num_scales - 1.0)), tf.int32)
-
-
-def scales(sums: tf.Tensor, settings: Model) -> tf.Tensor:
-    """float32 standard deviations, not rounded to entries of the table: for estimates and for the search."""
+def scales(sums: np.ndarray, settings: Model) -> np.ndarray:
+    """Standard deviations, not rounded to entries of the table: float64, for estimates and for the search."""
     low, step = log_scale_table(settings)
-    index = tf.clip_by_value(sums * 2.0**-SUM_BITS, 0.0, settings.num_scales - 1.0)
-    return tf.cast(tf.exp(low + step * index), tf.float32)
+    return np.exp(low + step * np.clip(sums * 2.0**-SUM_BITS, 0.0, settings.num_scales - 1.0))

@@ -20,6 +20,7 @@ from hyperprior.codec import box, container, load
 from hyperprior.errors import ConfigError, DataError, HyperpriorError, StorageError
 from hyperprior.images import PHOTO_SUFFIXES
 from hyperprior.metric_table import describe
+from hyperprior.model.quality import compare_images
 from hyperprior.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -175,7 +176,14 @@ def write_to_stdout(data: bytes) -> None:
 
 
 def compress(
-    sources: Sequence[str], model: str, out: Optional[str], effort: int, force: bool, verify: bool, terminal: Terminal
+    sources: Sequence[str],
+    model: str,
+    out: Optional[str],
+    effort: int,
+    force: bool,
+    verify: bool,
+    terminal: Terminal,
+    engine: str = "auto",
 ) -> None:
     """`hyperprior compress`."""
     jobs = plan(sources, out, PHOTO_SUFFIXES, SUFFIX, force)
@@ -183,7 +191,7 @@ def compress(
         others = images.count_other_files(folder, lambda name: name.lower().endswith((*PHOTO_SUFFIXES, SUFFIX)))
         if others:
             terminal.warn(f"{folder} also holds files without an image suffix: {images.describe_suffixes(others)}")
-    codec = load(model)
+    codec = load(model, engine)
     codec.check_effort(effort)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:
@@ -192,8 +200,6 @@ def compress(
         file = codec.compress(image, effort)
         facts = {**size_of(image), "bytes": len(file), "seconds": time.perf_counter() - began, "notes": notes}
         if verify:
-            from hyperprior.model.metrics import compare_images
-
             facts |= compare_images(image, codec.decompress(file))
         return file, facts
 
@@ -208,6 +214,7 @@ def decompress(
     force: bool,
     max_pixels: Optional[int],
     terminal: Terminal,
+    engine: str = "auto",
 ) -> None:
     """`hyperprior decompress`."""
     if suffix == ".":
@@ -223,7 +230,7 @@ def decompress(
             raise ConfigError(
                 f"{job.target}: Pillow writes no `{suffix_of(job)}`; .png, .jpg, .webp and .tif are common"
             )
-    find_codec = make_codec_finder(model)
+    find_codec = make_codec_finder(model, engine)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:
         codec = find_codec(data)
@@ -245,12 +252,12 @@ def encode_picture(pixels: np.ndarray, file_format: str) -> bytes:
     return file.getvalue()
 
 
-def make_codec_finder(model: Optional[str]) -> Callable[[bytes], Codec]:
+def make_codec_finder(model: Optional[str], engine: str = "auto") -> Callable[[bytes], Codec]:
     """f(file) → its codec: of `model` if that is given, else of its model in the box, else of HYPERPRIOR_MODEL."""
     if model:
-        codec = load(model)
+        codec = load(model, engine)
         return lambda data: codec
-    load_cached = functools.lru_cache(maxsize=None)(load)
+    load_cached = functools.lru_cache(maxsize=None)(functools.partial(load, engine=engine))
 
     def find_codec(data: bytes) -> Codec:
         fingerprint = container.read(data, max_pixels=ANY_SIZE).fingerprint.hex()

@@ -18,10 +18,14 @@ from collections.abc import Sequence
 import numpy as np
 
 MASK, DIGIT = 0xFFFFFFFF, 0xFFFF
+MOST_BITS = 16  # of a table's precision
 
 
 class Counts:
-    """`lookup` of `tables.Tables`: each table as (precision, cumulative counts from 0 to 2^precision)."""
+    """`lookup` of `tables.Tables`: each table as (precision, cumulative counts from 0 to 2^precision).
+
+    Raises ValueError if a table is not a distribution.
+    """
 
     def __init__(self, lookup: np.ndarray):
         self.lookup = lookup
@@ -31,12 +35,30 @@ class Counts:
         at = 0
         while at < len(lookup):
             precision = int(lookup[at])
+            if not 0 < precision <= MOST_BITS:
+                raise ValueError(f"table {len(first)} has a precision of {precision} bits")
             length = int(np.argmax(lookup[at + 1 :] == 1 << precision)) + 1
+            cumulative = lookup[at + 1 : at + 1 + length]
+            if length < 2 or cumulative[0] != 0 or not (np.diff(cumulative) > 0).all():
+                raise ValueError(f"table {len(first)} is not a distribution")
             first.append(at + 1)
             self.precision.append(precision)
-            self.cumulative.append(lookup[at + 1 : at + 1 + length].tolist())
+            self.cumulative.append(cumulative.tolist())
             at += 1 + length
         self.first = np.array(first)
+
+
+class Coder:
+    """Encoders and decoders with the same tables."""
+
+    def __init__(self, lookup: np.ndarray):
+        self.counts = Counts(lookup)
+
+    def encoder(self, batch: int) -> Encoder:
+        return Encoder(self.counts, batch)
+
+    def decoder(self, strings: Sequence[bytes]) -> Decoder:
+        return Decoder(self.counts, strings)
 
 
 class Encoder:
@@ -121,29 +143,26 @@ class SingleEncoder:
 
 
 class SingleDecoder:
-    """One string. `value`: the 32 bits of it that the interval is compared with."""
+    """One string. `offset`: the place in the interval, below `size`, that the string names."""
 
     def __init__(self, counts: Counts, string: bytes):
-        self.counts, self.string = counts, string
-        self.base, self.size_minus_1 = 0, MASK
-        self.value, self.at = int.from_bytes(string[:4].ljust(4, b"\0"), "big"), 4
+        self.tables = list(zip(counts.cumulative, counts.precision))
+        self.digits = iter(np.frombuffer(string + b"\0" * (len(string) % 2), ">u2").tolist())
+        self.offset, self.size = next(self.digits, 0) << 16 | next(self.digits, 0), MASK + 1
 
     def take(self, index: np.ndarray) -> np.ndarray:
-        precision, tables, string = self.counts.precision, self.counts.cumulative, self.string
-        base, size_minus_1, value, at = self.base, self.size_minus_1, self.value, self.at
+        tables, digits, offset, size = self.tables, self.digits, self.offset, self.size
         symbols: list[int] = []
         append = symbols.append
         for table in index.ravel().tolist():
-            cumulative, size, shift = tables[table], size_minus_1 + 1, precision[table]
-            # The last symbol whose part of the interval does not begin above the value.
-            symbol = bisect_right(cumulative, (((value - base & MASK) + 1 << shift) - 1) // size) - 1
+            cumulative, shift = tables[table]
+            # The last symbol whose part of the interval does not begin above the offset.
+            symbol = bisect_right(cumulative, ((offset + 1 << shift) - 1) // size) - 1
             append(symbol)
             begin = size * cumulative[symbol] >> shift
-            size_minus_1 = (size * cumulative[symbol + 1] >> shift) - 1 - begin
-            base = base + begin & MASK
-            if size_minus_1 <= DIGIT:
-                base, size_minus_1 = base << 16 & MASK, size_minus_1 << 16 | DIGIT
-                value = value << 16 & MASK | int.from_bytes(string[at : at + 2].ljust(2, b"\0"), "big")
-                at += 2
-        self.base, self.size_minus_1, self.value, self.at = base, size_minus_1, value, at
+            size = (size * cumulative[symbol + 1] >> shift) - begin
+            offset -= begin
+            if size <= DIGIT + 1:
+                size, offset = size << 16, offset << 16 | next(digits, 0)
+        self.offset, self.size = offset, size
         return np.array(symbols, np.int32).reshape(index.shape)

@@ -16,8 +16,9 @@ import tensorflow as tf
 
 from hyperprior.codec import container
 from hyperprior.codec.codec import Codec
-from hyperprior.codec.engine import round_to_int16
+from hyperprior.codec.exact import SUM_BITS
 from hyperprior.codec.tables import Tables
+from hyperprior.codec.tensorflow_engine import round_to_int16
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.model.hyperprior import pad
 
@@ -28,8 +29,8 @@ def save(codec: Codec, operations: Any, folder: Path) -> None:
     `operations`: of `native.load_operations`; `image`: [H, W, 3] uint8; `file`: a scalar string, the same bytes as
     `Codec.compress` gives for images of one tile.
     """
-    module = tf.Module()
-    module.weights = list(codec.engine.model.named_variables().values())
+    module, engine = tf.Module(), codec.tensorflow_engine
+    module.weights = list(engine.model.named_variables().values())
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8, "image")], autograph=False)
     def compress(image: tf.Tensor) -> Any:
@@ -48,12 +49,13 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
     check = tf.debugging.Assert(is_allowed, ["a side is not within 1 to 65535", height, width])
     with tf.control_dependencies([check]):
         image = tf.identity(image)
-    y = codec.engine.analyse(pad(image[None]))
-    z = codec.engine.hyper_analyse(y)
+    engine = codec.tensorflow_engine
+    y = engine.analyse_in_graph(pad(image[None]))
+    z = engine.hyper_analyse_in_graph(y)
     y = round_to_int16(y)
     handle = operations.create_range_encoder([1], codec.tables.lookup)
     handle, z_outside = encode(operations, handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
-    handle, y_outside = encode(operations, handle, codec.tables, y, codec.engine.indexes(z))
+    handle, y_outside = encode(operations, handle, codec.tables, y, indexes(codec, z))
     coded = operations.entropy_encode_finalize(handle)[0]
     escapes = tf.concat([tf.boolean_mask(z, z_outside), tf.boolean_mask(y, y_outside)], 0)
     body = tf.strings.join(
@@ -77,11 +79,17 @@ def decompress_in_graph(codec: Codec, operations: Any, file: tf.Tensor) -> tf.Te
     handle, z, z_escaped = decode(operations, handle, codec.tables, z_index)
     num_z_escapes = tf.math.count_nonzero(z_escaped, dtype=tf.int32)
     z = fill_escapes(z, z_escaped, stream.escapes[:num_z_escapes])
-    handle, y, y_escaped = decode(operations, handle, codec.tables, codec.engine.indexes(z))
+    handle, y, y_escaped = decode(operations, handle, codec.tables, indexes(codec, z))
     y = fill_escapes(y, y_escaped, stream.escapes[num_z_escapes:])
     decoded = checksum(stream.height, stream.width, z, y)
     tf.debugging.Assert(decoded == stream.checksum, ["decodes to other symbols than were encoded"])
-    return codec.engine.synthesise(tf.cast(y, tf.float32))[0, : stream.height, : stream.width]
+    return codec.tensorflow_engine.synthesise_in_graph(tf.cast(y, tf.float32))[0, : stream.height, : stream.width]
+
+
+def indexes(codec: Codec, z: tf.Tensor) -> tf.Tensor:
+    """`exact.indexes` of the integers of ẑ, in a graph."""
+    sums = codec.tensorflow_engine.index_sums_in_graph(z) * 2.0**-SUM_BITS
+    return tf.cast(tf.round(tf.clip_by_value(sums, 0.0, codec.config.model.num_scales - 1.0)), tf.int32)
 
 
 def encode(

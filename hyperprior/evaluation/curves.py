@@ -11,7 +11,7 @@ from typing import Any, Optional
 import numpy as np
 
 from hyperprior.codec.codec import Codec
-from hyperprior.model import metrics
+from hyperprior.model import quality
 from hyperprior.reference.baselines import Baseline
 from hyperprior.reference.published import METRIC_TITLES, PublishedPoint
 
@@ -85,9 +85,9 @@ def average_point(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict
         **{name: rows[0][name] for name in ("kind", "curve", "point")},
         "bpp": mean("bpp"),
         "psnr_db": mean("psnr_db"),
-        "psnr_db_of_mean_mse": float(metrics.psnr_db(mse)),
+        "psnr_db_of_mean_mse": quality.psnr_db(mse),
         "ms_ssim": ms_ssim,
-        "ms_ssim_db": None if ms_ssim is None else metrics.ms_ssim_db(ms_ssim),
+        "ms_ssim_db": None if ms_ssim is None else quality.ms_ssim_db(ms_ssim),
         "bytes": sum(row["bytes"] for row in rows),
         "encode_seconds": statistics.median(row["encode_seconds"] for row in rows),
         "decode_seconds": statistics.median(row["decode_seconds"] for row in rows),
@@ -97,7 +97,7 @@ def average_point(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict
         point["estimated_bpp"] = statistics.fmean(r["estimated_bits"] / r["width"] / r["height"] for r in rows)
         distortion = mse if point["metric"] == "mse" else None if ms_ssim is None else 1.0 - ms_ssim
         if distortion is not None:
-            point["loss"] = float(metrics.lagrangian(point["bpp"], distortion, point["lambda"], point["metric"]))
+            point["loss"] = float(quality.lagrangian(point["bpp"], distortion, point["lambda"], point["metric"]))
     return point
 
 
@@ -111,7 +111,7 @@ def convert_published(points: Sequence[PublishedPoint]) -> list[dict[str, Any]]:
             "bpp": point.bpp,
             "psnr_db": point.psnr_db,
             "ms_ssim": point.ms_ssim,
-            "ms_ssim_db": None if point.ms_ssim is None else metrics.ms_ssim_db(point.ms_ssim),
+            "ms_ssim_db": None if point.ms_ssim is None else quality.ms_ssim_db(point.ms_ssim),
             "source": point.source,
         }
         for point in points
@@ -129,13 +129,13 @@ def compare_curves(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if kind != "model" or other_kind == "model":
                 continue
             result: dict[str, Any] = {"curve": curve, "against": other, "kind": other_kind}
-            for quality in ("psnr_db", "ms_ssim_db"):
-                pair = [[(p["bpp"], p[quality]) for p in c if p[quality] is not None] for c in (anchor, test)]
+            for metric in ("psnr_db", "ms_ssim_db"):
+                pair = [[(p["bpp"], p[metric]) for p in c if p[metric] is not None] for c in (anchor, test)]
                 try:
                     rate, decibels = compute_bd(*pair)
-                    result[quality] = {"rate_percent": rate, "quality_db": decibels}
+                    result[metric] = {"rate_percent": rate, "quality_db": decibels}
                 except NotComparable as reason:
-                    result[quality] = {"refused": str(reason)}
+                    result[metric] = {"refused": str(reason)}
             results.append(result)
     return results
 

@@ -21,7 +21,7 @@ from hyperprior.errors import ConfigError, GateError
 from hyperprior.evaluation import gate, pictures, plots, report
 from hyperprior.evaluation.curves import Model, average_rows, compare_curves, convert_published, name_curves
 from hyperprior.evaluation.photos import Photo, find_photos
-from hyperprior.model.metrics import compare_images
+from hyperprior.model.quality import compare_images
 from hyperprior.reference import baselines, published
 from hyperprior.reference.baselines import Baseline
 from hyperprior.storage import write_text, write_whole
@@ -38,6 +38,7 @@ class Options:
     cache: Optional[Path] = None
     gate: Optional[Path] = None
     margin: float = 0.5
+    engine: str = "auto"
 
 
 def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, terminal: Terminal) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     photos = find_photos(folder, terminal.warn, out)
     chosen_baselines = baselines.choose(options.baselines, terminal.warn)
     published_curves = choose_published(options.published, photos)
-    models = load_models(paths, options.effort)
+    models = load_models(paths, options.effort, options.engine)
     stored = {}
     if options.gate:
         digests = {photo.name: photo.sha256 for photo in photos}
@@ -99,7 +100,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 # Choosing models and curves -------------------------------------------------------------------------------
 
 
-def load_models(paths: Sequence[Path], effort: int = 0) -> list[Model]:
+def load_models(paths: Sequence[Path], effort: int = 0, engine: str = "auto") -> list[Model]:
     """The models under short, distinct names.
 
     Raises ConfigError if a model is given twice or cannot be used with this effort, and the errors of codec.load.
@@ -108,7 +109,7 @@ def load_models(paths: Sequence[Path], effort: int = 0) -> list[Model]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError("a model is given twice; name each once")
     names = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths)]
-    codecs = {name: codec.load(path) for name, path in zip(names, paths)}
+    codecs = {name: codec.load(path, engine) for name, path in zip(names, paths)}
     for loaded in codecs.values():
         loaded.check_effort(effort)
     return name_curves(codecs, effort)

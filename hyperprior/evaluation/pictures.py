@@ -15,7 +15,7 @@ from hyperprior import metric_table
 from hyperprior.evaluation import plots, report
 from hyperprior.evaluation.curves import Model
 from hyperprior.evaluation.photos import Photo
-from hyperprior.model.metrics import compare_images
+from hyperprior.model.quality import compare_images
 from hyperprior.reference import baselines
 from hyperprior.reference.baselines import Baseline
 

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from hyperprior.codec.codec import Codec
+from hyperprior.codec.making import make_arrays
 from hyperprior.config import Config
 from hyperprior.errors import HyperpriorError
 from hyperprior.machine.bench_input import bench_input
@@ -27,7 +28,6 @@ from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import TrainedWeights
 from hyperprior.terminal import Terminal
 from hyperprior.training.distribute import World
-from hyperprior.training.export import codec_arrays
 from hyperprior.training.feed import Feed
 from hyperprior.training.loop import Trainer, values_of
 from hyperprior.training.stop import StopRequest
@@ -123,7 +123,7 @@ def bench_codec(settings: Config, world: World, repeats: int, terminal: Terminal
     """Compression of one image by a model with random weights, and the time of each part."""
     model = ScaleHyperprior(settings.model)
     trained = TrainedWeights(values_of(model.named_variables()), settings, 0)
-    codec = Codec(codec_arrays(model, trained), settings, {}, "bench")
+    codec = Codec(make_arrays(trained), settings, {}, "bench")
     small = np.random.default_rng(0).integers(0, 256, (PHOTO[0] // 8, PHOTO[1] // 8, 3), np.uint8)
     image = np.asarray(Image.fromarray(small).resize(PHOTO[::-1], Image.Resampling.BICUBIC))
     data = codec.compress(image)

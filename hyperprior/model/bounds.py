@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-OFFSET = 2.0**-18  # keeps the gradient of a square root finite at 0
+from hyperprior.model.architecture import ROOT_OFFSET
 
 
 def lower_bound(x: tf.Tensor, bound: float) -> tf.Tensor:
@@ -38,8 +38,8 @@ class NonNegative(tf.Module):
 
     def __init__(self, initial: tf.Tensor, minimum: float = 0.0):
         super().__init__()
-        self.variable = tf.Variable(tf.sqrt(initial + OFFSET**2))
-        self.bound = (minimum + OFFSET**2) ** 0.5
+        self.variable = tf.Variable(tf.sqrt(initial + ROOT_OFFSET**2))
+        self.bound = (minimum + ROOT_OFFSET**2) ** 0.5
 
     def __call__(self) -> tf.Tensor:
-        return tf.square(lower_bound(self.variable, self.bound)) - OFFSET**2
+        return tf.square(lower_bound(self.variable, self.bound)) - ROOT_OFFSET**2

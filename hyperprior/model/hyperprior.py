@@ -24,8 +24,9 @@ import tensorflow as tf
 
 from hyperprior import config
 from hyperprior.config import DOWNSAMPLING
-from hyperprior.model import priors, transforms
+from hyperprior.model import architecture, densities, priors
 from hyperprior.model.bounds import lower_bound, upper_bound
+from hyperprior.model.transforms import Transform, named_variables
 
 
 class Forward(NamedTuple):
@@ -47,18 +48,18 @@ class ScaleHyperprior(tf.Module):
 
     def __init__(self, settings: config.Model, precision: str = "float32"):
         super().__init__()
-        n, m, h = settings.num_filters, settings.latent_channels, settings.hyper_channels
         dtype = precision.removeprefix("mixed_")
-        self.g_a = transforms.analysis(n, m, dtype)
-        self.g_s = transforms.synthesis(n, m, dtype)
-        self.h_a = transforms.hyper_analysis(m, h, dtype)
-        self.h_s = transforms.hyper_synthesis(m, h, dtype)
-        self.prior = priors.FactorizedPrior(h)
+        self.g_a = Transform(architecture.analysis(settings), dtype)
+        # With a last layer in float32 a step on a CPU would take 6% longer.
+        self.g_s = Transform(architecture.synthesis(settings), dtype, last_dtype=dtype)
+        self.h_a = Transform(architecture.hyper_analysis(settings), dtype)
+        self.h_s = Transform(architecture.hyper_synthesis(settings), dtype)
+        self.prior = priors.FactorizedPrior(settings.hyper_channels)
         self._settings = settings
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every variable under a stable name such as `g_a/0/kernel` or `prior/matrix_0`."""
-        named = {path.lstrip("/"): variable for path, variable in transforms.named_variables(self)}
+        named = {path.lstrip("/"): variable for path, variable in named_variables(self)}
         return {**named, **{f"prior/{name}": variable for name, variable in self.prior.parameters.items()}}
 
     def latent_shapes(self, height: int | tf.Tensor, width: int | tf.Tensor) -> tuple[tuple, tuple]:
@@ -95,7 +96,7 @@ class ScaleHyperprior(tf.Module):
 
     def z_offset(self) -> tf.Tensor:
         """The median of each channel's prior, modulo 1: [hyper_channels] float32. Call it rarely: it bisects."""
-        medians = priors.find_medians(self.prior.arrays())
+        medians = densities.find_medians(self.prior.arrays())
         return tf.constant(medians - np.rint(medians), tf.float32)
 
     def scales(self, log_scales: tf.Tensor) -> tf.Tensor:

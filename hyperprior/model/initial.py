@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hyperprior import config
+from hyperprior.model.architecture import LATENT_GAIN
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.model.layers import GDN_GAMMA
-from hyperprior.model.transforms import LATENT_GAIN
 
 # Luma, the blue-red axis and the green-magenta axis, orthonormal.
 COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Optional
 
 import tensorflow as tf
 
 from hyperprior.model import kernels
+from hyperprior.model.architecture import BETA_MINIMUM, Convolution, Normalisation
 from hyperprior.model.bounds import NonNegative
 
 Layer = Callable[[tf.Tensor], tf.Tensor]
@@ -16,36 +16,25 @@ GDN_GAMMA = 0.1  # GDN's initial weight of a channel for itself
 
 
 class Conv(tf.Module):
-    """A zero-padded convolution in the input's precision: down by `stride`, or up by `stride` with `transpose`.
+    """A convolution in the input's precision.
 
     `kernel`: [k, k, in, out], or [k, k, out, in] with `transpose`; `bias`: [out].
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel_size: int,
-        stride: int,
-        *,
-        transpose: bool = False,
-        activation: Optional[Layer] = None,
-        gain: float = 1.0,
-        bias: float = 0.0,
-    ):
+    def __init__(self, layer: Convolution):
         super().__init__()
-        shape = (kernel_size, kernel_size, *((outputs, inputs) if transpose else (inputs, outputs)))
+        self.stride, self.transpose, self.relu = layer.stride, layer.transpose, layer.relu
+        shapes = layer.shapes()
         # Each output is a sum of this many products, so with `gain` 1 it has the variance of the input.
-        terms = kernel_size**2 * inputs / (stride**2 if transpose else 1)
-        self.kernel = tf.Variable(tf.random.normal(shape, stddev=gain / terms**0.5), name="kernel")
-        self.bias = tf.Variable(tf.fill([outputs], bias), name="bias")
-        self.stride, self.transpose, self.activation = stride, transpose, activation
+        terms = layer.size**2 * layer.inputs / (layer.stride**2 if layer.transpose else 1)
+        self.kernel = tf.Variable(tf.random.normal(shapes["kernel"], stddev=layer.gain / terms**0.5), name="kernel")
+        self.bias = tf.Variable(tf.fill(shapes["bias"], layer.bias), name="bias")
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         convolve = kernels.up if self.transpose else kernels.down
         x = convolve(x, tf.cast(self.kernel, x.dtype), self.stride)
         x = tf.nn.bias_add(x, tf.cast(self.bias, x.dtype))
-        return self.activation(x) if self.activation else x
+        return tf.nn.relu(x) if self.relu else x
 
 
 class GDN(tf.Module):
@@ -55,11 +44,11 @@ class GDN(tf.Module):
     (`bounds.NonNegative`).
     """
 
-    def __init__(self, channels: int, *, inverse: bool = False):
+    def __init__(self, layer: Normalisation):
         super().__init__()
-        self.beta = NonNegative(tf.ones(channels), minimum=1e-6)
-        self.gamma = NonNegative(GDN_GAMMA * tf.eye(channels))
-        self.inverse = inverse
+        self.beta = NonNegative(tf.ones(layer.channels), minimum=BETA_MINIMUM)
+        self.gamma = NonNegative(GDN_GAMMA * tf.eye(layer.channels))
+        self.inverse = layer.inverse
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         return kernels.gdn(x, self.beta(), self.gamma(), inverse=self.inverse)

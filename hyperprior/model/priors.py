@@ -6,20 +6,18 @@ unit box, which models rounding. The noise of training is drawn here, too.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from hyperprior.model.architecture import PRIOR_WIDTHS
+from hyperprior.model.densities import MAX_BITS, STAGES
+
 # The initial scale of the prior of z. With 10, as in tensorflow-compression, the rate of z is three times as high
 # after 500 steps.
 PRIOR_SCALE = 1.0
-WIDTHS = (1, 3, 3, 1)  # of the stages of the prior's network
-STAGES = len(WIDTHS) - 1
-MOST_DOUBLINGS, BISECTIONS = 40, 100  # beyond what float64 can resolve
-MAX_BITS = 16  # the most that a value costs: no probability in a file's tables is below 2⁻¹⁶
 SMALLEST_MASS = 1e-30  # a smaller mass may underflow to 0 in float32, and 0 has no logarithm
 
 
@@ -35,7 +33,7 @@ class FactorizedPrior(tf.Module):
         self.channels = channels
         scale = PRIOR_SCALE ** (1.0 / STAGES)
         matrices, biases, factors = [], [], []
-        for inputs, outputs in zip(WIDTHS, WIDTHS[1:]):
+        for inputs, outputs in zip(PRIOR_WIDTHS, PRIOR_WIDTHS[1:]):
             initial = math.log(math.expm1(1.0 / scale / outputs))
             matrices.append(tf.Variable(tf.fill((channels, outputs, inputs), initial)))
             biases.append(tf.Variable(tf.random.uniform((channels, outputs, 1), -0.5, 0.5)))
@@ -67,45 +65,14 @@ class FactorizedPrior(tf.Module):
         return x
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The parameters in float64, for `cumulative_logits`."""
-        return {name: variable.numpy().astype(np.float64) for name, variable in self.parameters.items()}
+        """The parameters, for `densities`."""
+        return {name: variable.numpy() for name, variable in self.parameters.items()}
 
 
 @tf.custom_gradient
 def limit_bits(bits: tf.Tensor) -> Any:
     """At most MAX_BITS, with the gradient of `bits`."""
     return tf.minimum(bits, float(MAX_BITS)), lambda d: d
-
-
-def cumulative_logits(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """The logits of the cumulative densities in float64 NumPy: [values, C] → [values, C].
-
-    Every sum has one order and every operation rounds alike everywhere, so tables do not depend on the library.
-    """
-    values = x.T[:, None]
-    for i in range(STAGES):
-        matrix = np.logaddexp(0.0, arrays[f"matrix_{i}"])  # softplus
-        products = (matrix[:, :, j, None] * values[:, None, j] for j in range(matrix.shape[2]))
-        values = functools.reduce(np.add, products) + arrays[f"bias_{i}"]
-        if i < STAGES - 1:
-            values = values + np.tanh(arrays[f"factor_{i}"]) * np.tanh(values)
-    return values[:, 0].T
-
-
-def find_medians(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The median of each channel's density, by bisection: [C] float64."""
-    high = np.ones(arrays["bias_0"].shape[0])
-    for _ in range(MOST_DOUBLINGS):
-        is_inside = (cumulative_logits(arrays, high[None])[0] >= 0.0) & (
-            cumulative_logits(arrays, -high[None])[0] <= 0.0
-        )
-        high = np.where(is_inside, high, 2.0 * high)
-    low = -high
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        is_below = cumulative_logits(arrays, middle[None])[0] < 0.0
-        low, high = np.where(is_below, middle, low), np.where(is_below, high, middle)
-    return 0.5 * (low + high)
 
 
 def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:

@@ -21,12 +21,11 @@ import numpy as np
 import tensorflow as tf
 
 from hyperprior import __version__, storage
-from hyperprior.codec import box, codec, exact, native, serving, tables
+from hyperprior.codec import box, codec, making, native, serving
 from hyperprior.codec.codec import Codec
 from hyperprior.data import splits, stream
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.model.hyperprior import ScaleHyperprior, pad
-from hyperprior.model.priors import find_medians
 from hyperprior.storage import Arrays, TrainedWeights
 from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint
@@ -148,7 +147,7 @@ def make_exported(trained: TrainedWeights, weights: str, origin: str, stored: Op
     """Makes the codec of trained weights. `stored`: the weights in the types in which the file keeps them."""
     model = ScaleHyperprior(trained.settings.model)
     storage.assign_arrays(model.named_variables(), trained.arrays, origin)
-    arrays = codec_arrays(model, trained)
+    arrays = making.make_arrays(trained)
     # The file keeps only the integers of h_s.
     arrays |= {name: array for name, array in (stored or {}).items() if not name.startswith("h_s/")}
     info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": __version__}
@@ -169,25 +168,6 @@ def report_exported(out: Path, exported: Exported, terminal: Terminal) -> dict[s
     terminal.say(f"model    {out}, {fingerprint}, weights of step {info['step']}")
     terminal.say(f"         {describe_cost(info['exactness'])}")
     return {"model": str(out), "fingerprint": fingerprint, **info}
-
-
-def codec_arrays(model: ScaleHyperprior, trained: TrainedWeights) -> Arrays:
-    """Makes all arrays of a `Codec`. Raises ConfigError if weights are not finite or too large."""
-    for name, array in trained.arrays.items():
-        if not np.isfinite(array).all():
-            raise ConfigError(
-                f"`{name}` of step {trained.step} is not finite: the run diverged; "
-                f"train it again with a lower train.learning_rate"
-            )
-    settings = trained.settings.model
-    prior = model.prior.arrays()
-    medians = find_medians(prior)
-    z_offsets = exact.offsets(medians - np.rint(medians))
-    built = tables.build(prior, exact.offset_values(z_offsets), settings)
-    arrays = {name: array for name, array in trained.arrays.items() if not name.startswith("h_s/")}
-    for i, (kernel, bias) in enumerate(exact.integers(model.h_s, settings)):
-        arrays |= {f"h_s/{i}/kernel": kernel, f"h_s/{i}/bias": bias}
-    return {**arrays, "z_offsets": z_offsets, **{f"tables/{name}": array for name, array in built._asdict().items()}}
 
 
 # The cost of exactness ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from PIL import Image
 
 import hyperprior as package
 from hyperprior import images, pillow, storage
-from hyperprior.codec import box, codec, files
+from hyperprior.codec import box, codec, files, native
 from hyperprior.codec.codec import Codec
 from hyperprior.errors import BitstreamError, ConfigError, DataError, StorageError
 from hyperprior.terminal import Terminal
@@ -63,7 +63,7 @@ def use_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_holds_the_best_weights_and_says_what_it_is(run: Path, model: Codec) -> None:
     arrays, state = storage.load_arrays(run / "checkpoints" / "best.npz", checkpoint.FORMAT)
     for name in ("g_a/0/kernel", "g_s/6/bias", "h_a/2/kernel"):
-        assert np.array_equal(arrays[f"model/{name}"], model.engine.model.named_variables()[name])
+        assert np.array_equal(arrays[f"model/{name}"], model.weights[name])
     description = json.loads((run / "model" / "model.json").read_text())
     assert description["fingerprint"] == model.fingerprint
     assert description["info"]["step"] == state["step"] == model.info["step"]
@@ -296,9 +296,8 @@ def test_a_model_in_one_file_is_small_and_its_files_have_nearly_the_same_size(
 ) -> None:
     assert (small_box / "q2.npz").stat().st_size < 0.7 * (run / "model" / "model.npz").stat().st_size
     small = package.load(small_box / "q2.npz")
-    for name, value in small.engine.model.named_variables().items():  # rounded to float16, and nothing else
-        exact = model.engine.model.named_variables()[name].numpy()
-        assert np.array_equal(value.numpy(), exact.astype(np.float16).astype(np.float32)), name
+    for name, value in small.weights.items():  # rounded to float16, and nothing else
+        assert np.array_equal(value, model.weights[name].astype(np.float16).astype(np.float32)), name
     image = np.asarray(photo(4))
     data = small.compress(image)
     assert abs(len(data) - len(model.compress(image))) < 0.02 * len(data) + 8
@@ -456,9 +455,12 @@ def check_settings(model: Path, pictures: list[Path], settings: list[tuple[str, 
         out = tmp_path / f"r{i}.npz"
         run_script("settings.py", model, threads, "read", *written, out, TF_ENABLE_ONEDNN_OPTS=onednn)
         read.append(dict(np.load(out)))
-    run_script("serve.py", model / "saved_model", *written, tmp_path / "served.npz")
-    served = dict(np.load(tmp_path / "served.npz"))
-    assert "do not match their CRC-32" in str(served["error"])
+    served = {}
+    if native.load_operations().module:
+        run_script("serve.py", model / "saved_model", *written, tmp_path / "served.npz")
+        served = dict(np.load(tmp_path / "served.npz"))
+        assert "do not match their CRC-32" in str(served["error"])
+    assert bool(served) == (model / "saved_model").exists()
     for path in written:
         latents, pixels = (read[0][f"{path.name} {kind}"] for kind in ("latents", "pixels"))
         for other in read:
@@ -467,9 +469,10 @@ def check_settings(model: Path, pictures: list[Path], settings: list[tuple[str, 
             if "batch" in path.name:
                 assert np.array_equal(other[f"{path.name} latents in a batch"], latents)
                 assert np.abs(other[f"{path.name} pixels in a batch"].astype(int) - pixels).max() <= 1
-        assert np.abs(served[f"{path.name} pixels"].astype(int) - pixels).max() <= 1
+        if served:
+            assert np.abs(served[f"{path.name} pixels"].astype(int) - pixels).max() <= 1
     again = package.load(model)
-    for path in written[:4]:  # this package reads the files that the served model writes
+    for path in written[:4] if served else []:  # this package reads the files that the served model writes
         pixels = served[f"{path.name} pixels"]
         assert again.decompress(served[f"{path.name} again"].tobytes()).shape == pixels.shape
     return len(written)
@@ -485,7 +488,7 @@ def test_files_decode_alike_with_other_threads_kernels_batches_and_as_saved_mode
 
 def test_loading_turns_onednn_on_in_this_process_and_not_in_its_children(run: Path) -> None:
     code = (
-        "import os, sys, hyperprior, numpy as np; codec = hyperprior.load(sys.argv[1]); "
+        "import os, sys, hyperprior, numpy as np; codec = hyperprior.load(sys.argv[1], 'tensorflow'); "
         "codec.compress(np.zeros((64, 64, 3), np.uint8)); print('left', os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
     )
     for given, left in ((None, "left None"), ("0", "left 0")):

@@ -14,10 +14,11 @@ from conftest import Command, encoded, photo
 from PIL import Image
 from scipy import special
 
+from hyperprior import storage
+from hyperprior.codec import box, container, search
 from hyperprior.codec import codec as codecs
-from hyperprior.codec import container, search
 from hyperprior.errors import ConfigError
-from hyperprior.model import metrics
+from hyperprior.model import quality
 
 WEIGHT, CHANNELS = 60.0, 5
 rng = np.random.RandomState(0)
@@ -85,7 +86,7 @@ def image() -> np.ndarray:
 
 def loss(codec: codecs.Codec, image: np.ndarray, file: bytes) -> float:
     """The loss of the whole image, in bits."""
-    error = metrics.compare_images(image, codec.decompress(file))["mse"]
+    error = quality.compare_images(image, codec.decompress(file))["mse"]
     assert error is not None
     return 8 * len(file) + image.shape[0] * image.shape[1] * codec.config.loss.lmbda * 255.0**2 * error
 
@@ -125,11 +126,7 @@ def test_tiles_lose_little(q3: codecs.Codec, image: np.ndarray, monkeypatch: pyt
 def test_a_negative_effort_and_a_model_for_ms_ssim_are_refused(q3: codecs.Codec, image: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="effort is -1"):
         q3.compress(image, -1)
-    arrays = {name: variable.numpy() for name, variable in q3.engine.model.named_variables().items()}
-    arrays |= {
-        f"h_s/{i}/{part}": a for i, layer in enumerate(q3.engine.layers) for part, a in zip(("kernel", "bias"), layer)
-    }
-    arrays |= {"z_offsets": q3.engine.z_offsets, **{f"tables/{k}": v for k, v in q3.tables._asdict().items()}}
+    arrays, _ = storage.load_arrays(box.find("q3"), box.FORMAT)
     settings = q3.config.model_copy(update={"loss": q3.config.loss.model_copy(update={"metric": "ms-ssim"})})
     other = codecs.Codec(arrays, settings, q3.info, "another")
     assert other.compress(image)

@@ -23,7 +23,7 @@ from hyperprior.codec import codec
 from hyperprior.config import load_config
 from hyperprior.errors import ConfigError, DataError, GateError
 from hyperprior.evaluation import curves, evaluate, gate, plots
-from hyperprior.model import metrics
+from hyperprior.model import quality
 from hyperprior.reference import baselines, published
 from hyperprior.reference.baselines import BASELINES
 from hyperprior.terminal import Terminal
@@ -72,7 +72,7 @@ MODELS = {
 def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, JpegModel]:
     """Models by the names of their directories; a test may change the table."""
     table = dict(MODELS)
-    monkeypatch.setattr(codec, "load", lambda path: table[Path(path).name])
+    monkeypatch.setattr(codec, "load", lambda path, engine: table[Path(path).name])
     return table
 
 
@@ -160,14 +160,14 @@ def test_curves_that_cannot_be_compared_are_refused_with_the_reason(
 def test_distortions_are_those_of_the_8_bit_images() -> None:
     x, y = np.asarray(textured(0)), np.asarray(textured(5))
     mse = np.mean((x.astype(float) - y) ** 2) / 255**2
-    values = metrics.compare_images(x, y)
+    values = quality.compare_images(x, y)
     assert values["mse"] == pytest.approx(mse, rel=1e-5)
     assert values["psnr_db"] == pytest.approx(-10 * np.log10(mse), abs=1e-4)
     ms_ssim = values["ms_ssim"]
     assert ms_ssim is not None and values["ms_ssim_db"] == pytest.approx(-10 * np.log10(1 - ms_ssim))
-    same = metrics.compare_images(x, x)
+    same = quality.compare_images(x, x)
     assert (same["psnr_db"], same["ms_ssim_db"]) == (pytest.approx(100.0), pytest.approx(60.0))
-    assert metrics.compare_images(x[:160], y[:160])["ms_ssim"] is None
+    assert quality.compare_images(x[:160], y[:160])["ms_ssim"] is None
 
 
 def test_results_are_means_over_the_images_of_values_of_real_files(

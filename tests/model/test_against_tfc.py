@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hyperprior.codec import tables
-from hyperprior.model import bounds, layers, priors
+from hyperprior.codec import making
+from hyperprior.model import bounds, densities, layers, priors
+from hyperprior.model.architecture import Normalisation
 from hyperprior.model.bounds import NonNegative
 
 tfc = pytest.importorskip("tensorflow_compression", reason="tensorflow-compression is not installed")
@@ -19,7 +20,7 @@ tfc = pytest.importorskip("tensorflow_compression", reason="tensorflow-compressi
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gdn_equals_its_closed_form_and_tfcs(inverse: bool) -> None:
     x = tf.random.stateless_normal((2, 5, 7, 4), [1, 2])
-    gdn = layers.GDN(4, inverse=inverse)
+    gdn = layers.GDN(Normalisation(4, inverse))
     gamma = np.abs(np.random.RandomState(0).normal(size=(4, 4))).astype(np.float32)
     beta = np.array([0.5, 1.0, 2.0, 3.0], np.float32)
     gdn.beta, gdn.gamma = NonNegative(beta, minimum=1e-6), NonNegative(gamma)
@@ -93,9 +94,9 @@ def test_cumulative_densities_and_medians_are_theirs_in_float64() -> None:
     for variable, trained in zip(base.trainable_variables, theirs.base.trainable_variables):
         variable.assign(tf.cast(trained, tf.float64))
     x = np.random.RandomState(0).normal(size=(50, 8)) * 6
-    logits = priors.cumulative_logits(ours.arrays(), x)
+    logits = densities.cumulative_logits(ours.arrays(), x)
     np.testing.assert_allclose(1 / (1 + np.exp(-logits)), base.cdf(x), rtol=1e-12)
-    medians = priors.find_medians(ours.arrays())
+    medians = densities.find_medians(ours.arrays())
     np.testing.assert_allclose(base.cdf(medians[None])[0], 0.5, atol=1e-14)
     # They search by Adam, until the logit is within 1e-8 or a hundred steps have passed.
     np.testing.assert_allclose(medians - np.rint(medians), tfc.quantization_offset(base), atol=5e-3)
@@ -120,7 +121,7 @@ def test_quantised_tables_are_theirs_but_for_ties() -> None:
     for _ in range(200):
         pmf = rng.random_sample(rng.randint(2, 300)) ** rng.uniform(1, 9)
         pmf = (pmf / pmf.sum()).astype(np.float32)
-        assert np.array_equal(np.diff(tfc.pmf_to_quantized_cdf(pmf, precision=16)), tables.quantise(pmf))
+        assert np.array_equal(np.diff(tfc.pmf_to_quantized_cdf(pmf, precision=16)), making.quantise(pmf))
     bell = np.exp(-0.5 * (np.arange(-20, 21) / 4.0) ** 2).astype(np.float32)  # each value has an equal one
     bell /= bell.sum()
-    assert np.abs(np.diff(tfc.pmf_to_quantized_cdf(bell, precision=16)) - tables.quantise(bell)).max() <= 1
+    assert np.abs(np.diff(tfc.pmf_to_quantized_cdf(bell, precision=16)) - making.quantise(bell)).max() <= 1

@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 
 from hyperprior import config, storage
-from hyperprior.model import initial, kernels, layers, metrics, priors
+from hyperprior.model import initial, kernels, layers, metrics, priors, quality
+from hyperprior.model.architecture import Convolution, Normalisation
 from hyperprior.model.bounds import NonNegative
 from hyperprior.model.hyperprior import ScaleHyperprior, pad
 
@@ -53,10 +54,10 @@ def test_psnr_and_lagrangian_equal_their_closed_forms() -> None:
     np.testing.assert_allclose(metrics.psnr_db(tf.constant(0.0)), 100.0, rtol=1e-6)
     bpp = metrics.bits_per_pixel(tf.constant([4096.0, 8192.0]), 64, 64)
     np.testing.assert_allclose(
-        metrics.lagrangian(bpp, tf.constant([0.01, 0.01]), 0.013, "mse"), 65025 * 0.00013 + bpp, rtol=1e-6
+        quality.lagrangian(bpp, tf.constant([0.01, 0.01]), 0.013, "mse"), 65025 * 0.00013 + bpp, rtol=1e-6
     )
     np.testing.assert_allclose(
-        metrics.lagrangian(bpp, tf.constant([0.01, 0.01]), 8.73, "ms-ssim"), 0.0873 + bpp, rtol=1e-6
+        quality.lagrangian(bpp, tf.constant([0.01, 0.01]), 8.73, "ms-ssim"), 0.0873 + bpp, rtol=1e-6
     )
 
 
@@ -70,7 +71,7 @@ def test_gdn_in_pieces_has_the_values_and_gradients_of_the_plain_form(
     inverse: bool, known: bool, shape: tuple[int, ...], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "PIECE_BYTES", 2**18)
-    gdn = layers.GDN(32, inverse=inverse)
+    gdn = layers.GDN(Normalisation(32, inverse))
     rng = np.random.RandomState(0)
     gdn.beta = NonNegative(rng.uniform(0.5, 2, 32).astype(np.float32), minimum=1e-6)
     gdn.gamma = NonNegative(rng.uniform(0, 0.1, (32, 32)).astype(np.float32))
@@ -105,7 +106,7 @@ def test_gdn_in_pieces_has_the_values_and_gradients_of_the_plain_form(
 def test_convolutions_by_products_have_the_gradients_of_the_plain_form(
     transpose: bool, size: int, sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = layers.Conv(4, 6, size, 2, transpose=transpose)
+    layer = layers.Conv(Convolution(4, 6, size, 2, transpose=transpose))
     rng = np.random.RandomState(0)
     x = tf.Variable(rng.normal(size=(3, *sides, 4)), dtype=tf.float32)
     outputs = [side * 2 if transpose else side // 2 for side in sides]
@@ -198,7 +199,7 @@ def test_low_precision_stays_inside_the_transforms() -> None:
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gdn_in_bfloat16_has_the_value_and_the_gradients_of_float32(inverse: bool) -> None:
-    gdn = layers.GDN(16, inverse=inverse)
+    gdn = layers.GDN(Normalisation(16, inverse))
     gdn.gamma.variable.assign(tf.abs(tf.random.stateless_normal((16, 16), (1, 2))))
     x = tf.cast(tf.random.stateless_normal((2, 8, 8, 16), (3, 4)), tf.bfloat16)  # so that float32 gets the same input
 

@@ -1,0 +1,107 @@
+"""A model's transforms as TensorFlow graphs, one graph for each: whole tensors in, whole tensors out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hyperprior import storage
+from hyperprior.codec import exact, native, range_coder, search
+from hyperprior.codec.tables import INT16, Tables
+from hyperprior.config import Model
+from hyperprior.model.hyperprior import ScaleHyperprior
+from hyperprior.storage import Arrays
+
+
+class TensorFlowEngine:
+    """`weights`: of all transforms except h_s, by the model's names; `layers`: h_s as integers, see `exact`;
+    `z_offsets`: the quantisation offsets of z, see `exact.offsets`. All functions take and return NumPy arrays, except
+    those `in_graph`. `coder`: the range coder in C++ where it can be loaded, else the one in Python.
+    """
+
+    def __init__(self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, tables: Tables, settings: Model):
+        operations = native.load_operations().module
+        lookup = tables.lookup
+        self.coder: Any = native.Coder(operations, lookup) if operations else range_coder.Coder(lookup)
+        self.layers, self.z_offsets = layers, z_offsets
+        self.model = ScaleHyperprior(settings)
+        del self.model.h_s  # `layers` replaces it
+        storage.assign_arrays(self.model.named_variables(), weights, "the model")
+        m, c = settings.latent_channels, settings.hyper_channels
+
+        def as_graph(run: Any, channels: int, dtype: tf.DType) -> Any:
+            return make_graph(run, [tf.TensorSpec([None, None, None, channels], dtype)])
+
+        self.analyse = as_graph(self.analyse_in_graph, 3, tf.uint8)
+        self.hyper_analyse = as_graph(self.hyper_analyse_in_graph, m, tf.float32)
+        self.index_sums = as_graph(self.index_sums_in_graph, c, tf.int32)
+        self.synthesise = as_graph(self.synthesise_in_graph, m, tf.float32)
+        shapes = [[1, None, None, channels] for channels in (m, m, 3, 1, 1)]
+        signature = [*(tf.TensorSpec(shape, tf.float32) for shape in shapes)]
+        signature += [tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.int32)]
+        self.search = make_graph(self._search, signature)
+
+    def analyse_in_graph(self, x: tf.Tensor) -> tf.Tensor:
+        """[B, H, W, 3] uint8, sides multiples of 16 → y [B, H/16, W/16, M] float32."""
+        return self.model.g_a(tf.cast(x, tf.float32) / 255.0)
+
+    def hyper_analyse_in_graph(self, y: tf.Tensor) -> tf.Tensor:
+        """y → the integers of ẑ: [B, h/4, w/4, C] int32, within int16."""
+        z = self.model.h_a(tf.abs(y))
+        return round_to_int16(z - exact.offset_values(self.z_offsets))
+
+    def index_sums_in_graph(self, z: tf.Tensor) -> tf.Tensor:
+        """The integers of ẑ → [B, 4h, 4w, M] float64: the scale index in units of 2⁻²⁸, not yet rounded."""
+        # Always on the CPU: the libraries of a GPU may transform a convolution, which adds roundings.
+        with tf.device("cpu:0"):
+            limit = 2.0 ** (exact.ACTIVATION_BITS + exact.RANGE_BITS)
+            x = tf.cast(z, tf.float64) * 2.0**exact.ACTIVATION_BITS + self.z_offsets.astype(np.float64)
+            x = tf.clip_by_value(x, -limit, limit)
+            *inner, (last_kernel, last_bias) = self.layers
+            for kernel, bias in inner:
+                batch, height, width, _ = tf.unstack(tf.shape(x))
+                shape = (batch, 2 * height, 2 * width, kernel.shape[2])
+                x = tf.nn.conv2d_transpose(x, kernel.astype(np.float64), shape, 2, "SAME") + bias.astype(np.float64)
+                # ReLU, and rounding to integers.
+                x = tf.round(tf.clip_by_value(x * 2.0**-exact.WEIGHT_BITS, 0.0, limit))
+            return tf.nn.conv2d(x, last_kernel.astype(np.float64), 1, "SAME") + last_bias.astype(np.float64)
+
+    def synthesise_in_graph(self, y: tf.Tensor) -> tf.Tensor:
+        """ŷ [B, h, w, M] float32 → pixels [B, 16h, 16w, 3] uint8."""
+        x = tf.clip_by_value(self.model.g_s(y), 0.0, 1.0)
+        return tf.cast(tf.round(x * 255.0), tf.uint8)
+
+    def _search(
+        self,
+        y: tf.Tensor,
+        scales: tf.Tensor,
+        x: tf.Tensor,
+        real: tf.Tensor,
+        inside: tf.Tensor,
+        weight: tf.Tensor,
+        rounds: tf.Tensor,
+    ) -> tf.Tensor:
+        """`search.search` with this model's g_s."""
+        return search.search(self.model.g_s, y, scales, x, real, inside, weight, rounds)
+
+
+def make_graph(run: Any, signature: list[tf.TensorSpec]) -> Any:
+    """`run` as a graph that is traced at the first call, of NumPy arrays.
+
+    A plain tf.function warns of retracing from the fifth codec on, although every codec has its own graphs.
+    """
+    traced = functools.lru_cache(tf.function(run, input_signature=signature, autograph=False).get_concrete_function)
+
+    def call(*inputs: Any) -> np.ndarray:
+        tensors = (tf.convert_to_tensor(value, spec.dtype) for value, spec in zip(inputs, signature))
+        return traced()(*tensors).numpy()
+
+    return call
+
+
+def round_to_int16(x: tf.Tensor) -> tf.Tensor:
+    """The nearest integers that an escape can hold: int32."""
+    return tf.cast(tf.clip_by_value(tf.round(x), float(INT16.min), float(INT16.max)), tf.int32)
