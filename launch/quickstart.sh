@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a small model in minutes. It makes .venv, packs the photographs that ship with scikit-image into tar shards,
+# Trains a small model in minutes. It makes .venv if needed, packs the photographs that ship with scikit-image into tar shards,
 # and trains on them. Started again, it resumes, or says that it is done.
 #
 #   ./launch/quickstart.sh [SECTION.KEY=VALUE ...]

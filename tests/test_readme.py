@@ -20,7 +20,7 @@ from hyperprior.codec import box
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Commands that other tests run, and commands that make the installation of the tests.
-ELSEWHERE = ("python3.11", "pip", "sbatch", "kubectl")
+ELSEWHERE = ("python3", "pip", "sbatch", "kubectl")
 
 
 def blocks(kind: str) -> list[str]:

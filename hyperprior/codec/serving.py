@@ -1,8 +1,8 @@
 """The codec as a TensorFlow SavedModel: whole `.hyp` files in and out, in a graph.
 
-A process that loads the SavedModel needs `import tensorflow_compression`, for its range coder, and nothing of this
-package. The graph makes the checks of `container`; they raise InvalidArgumentError. It processes whole images, not
-tiles, so its memory grows with the image.
+A process that loads the SavedModel imports tensorflow_compression or tensorflow_compression_ops, for its
+range coder, and nothing of this package. The graph makes the checks of `container`; they raise InvalidArgumentError. It
+processes whole images, not tiles, so its memory grows with the image.
 """
 
 from __future__ import annotations

@@ -122,7 +122,8 @@ def check_cpu() -> Finding:
     known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpu_flags()]
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
     onednn = f"TF_ENABLE_ONEDNN_OPTS={setting}" if setting else "oneDNN on for float32"
-    return Finding("CPU", f"{len(os.sched_getaffinity(0))} cores, {', '.join(known) or 'no AVX2'}, {onednn}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    return Finding("CPU", f"{cores} cores, {', '.join(known) or 'no AVX2'}, {onednn}")
 
 
 def check_precision(settings: Optional[Config]) -> list[Finding]:
@@ -140,6 +141,8 @@ def check_precision(settings: Optional[Config]) -> list[Finding]:
 
 def check_memory(settings: Optional[Config]) -> Finding:
     available = measure_free_memory()
+    if available is None:
+        return Finding("memory", "this system does not tell how much is free")
     text = f"{available / 2**30:.1f} GiB free"
     if settings is None or tf.config.list_physical_devices("GPU"):
         return Finding("memory", text)
@@ -148,7 +151,10 @@ def check_memory(settings: Optional[Config]) -> Finding:
     return Finding("memory", text, "lower train.batch_size or data.patch_size" if need > available else None)
 
 
-def measure_free_memory() -> int:
+def measure_free_memory() -> Optional[int]:
+    """Bytes; None where there is no /proc."""
+    if not Path("/proc/meminfo").exists():
+        return None
     rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(rows["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError):  # a container's limit

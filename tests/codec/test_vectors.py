@@ -1,6 +1,6 @@
-"""The test vectors of hyperprior/codec/README.md. `python tests/codec/test_vectors.py` writes them and prints the table.
+"""The test vectors of hyperprior/codec/README.md.
 
-Write them again only if the format changes.
+`python tests/codec/test_vectors.py` writes them and prints their table. Do this only if the format changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 
 import hyperprior as package
 from hyperprior import storage
-from hyperprior.codec import box, exact
+from hyperprior.codec import box
 from hyperprior.codec.tiles import Span
 
 VECTORS = Path(__file__).parent / "vectors"
