@@ -1,20 +1,21 @@
 """The test vectors of hyperprior/codec/README.md.
 
-`python tests/codec/test_vectors.py` writes them and prints their table. Do this only if the format changes.
+`PYTHONPATH=tests python tests/codec/test_vectors.py` writes them and prints their table. Do so only for a new format.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_codec import picture, random_weights
 
 import hyperprior as package
-from hyperprior import storage
-from hyperprior.codec import box
+from hyperprior import config, storage
+from hyperprior.codec import box, container, making
+from hyperprior.codec.codec import Codec
 from hyperprior.codec.tiles import Span
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -43,25 +44,54 @@ def test_the_files_decode_to_what_the_page_says(name: str, engine: str) -> None:
     assert np.abs(codec.decompress(path.read_bytes()) - pixels).max() <= 1
 
 
+def make_model() -> tuple[storage.Arrays, config.Config]:
+    """A model whose pixels are pictures, and whose integers show wrong roundings and bounds of a decoder."""
+    from hyperprior.model.hyperprior import ScaleHyperprior
+    from hyperprior.model.initial import start_as_wavelets
+
+    settings = config.Config(model=config.Model(num_filters=12, latent_channels=12, hyper_channels=8))
+    model = ScaleHyperprior(settings.model)
+    start_as_wavelets(model, settings.loss, settings.model.scale_min)
+    weights = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    rng = np.random.RandomState(0)
+    for name, array in random_weights(settings.model).items():
+        if name.startswith(("h_a", "h_s", "prior")):
+            weights[name] = array
+        elif name.endswith("gamma"):  # not symmetric, and some below the minimum
+            weights[name] = weights[name] + 0.05 * rng.rand(*array.shape).astype(np.float32) - 0.01
+        elif name.endswith(("beta", "bias")):
+            weights[name] = weights[name] + 0.1 * rng.rand(*array.shape).astype(np.float32)
+    for name in ("g_a/1/beta", "g_s/3/beta"):
+        weights[name][0] = -1.0
+    arrays = making.make_arrays(storage.TrainedWeights(weights, settings, 0))
+    kernel, bias = arrays["h_s/2/kernel"], arrays["h_s/2/bias"]
+    inner_kernel, inner_bias = arrays["h_s/1/kernel"], arrays["h_s/1/bias"]
+    kernel[..., :5], inner_kernel[:, :, :3] = 0, 0
+    bias[:2] = 5 * 2**27, 5 * 2**27 + 1  # 2.5 and a little more: 2 and 3
+    inner_bias[:3] = 9 * 2**15, 22 * 2**16 // 5, 1.2 * 2**40  # activations of 4.5, 4.4, and one beyond the range
+    for channel, weight in enumerate((3 * 2**26, 5 * 2**26, 5 * 2**4)):
+        kernel[1, 1, channel, 2 + channel], bias[2 + channel] = weight, 0
+    return arrays, settings
+
+
 def write() -> None:
-    from test_codec import SETTINGS, picture, random_weights
-
-    from hyperprior.codec import making
-    from hyperprior.codec.codec import Codec
-
     VECTORS.mkdir(exist_ok=True)
-    weights = random_weights(SETTINGS.model)
-    arrays = making.make_arrays(storage.TrainedWeights(weights, SETTINGS, 0))
-    codec = Codec(arrays, SETTINGS, {}, "the vectors", "numpy")
-    state = {"fingerprint": codec.fingerprint, "info": {"step": 0}, "config": SETTINGS.to_dict()}
+    arrays, settings = make_model()
+    codec = Codec(arrays, settings, {}, "the vectors", "numpy")
+    state = {"fingerprint": codec.fingerprint, "info": {"step": 0}, "config": settings.to_dict()}
     storage.save_arrays(VECTORS / "model.npz", arrays, state, file_format=box.FORMAT, compressed=True)
-    for number, size in enumerate([(1, 1), (100, 70), (64, 129)], 1):
-        data = codec.compress(picture(number, *size))
+    for number, (width, height) in enumerate([(1, 1), (100, 70), (64, 129)], 1):
+        image = picture(number, width, height)
+        y, z = codec.latents_of([image])
+        if number == 3:
+            z[0, 0, 0, :2] = 5000, -5000  # beyond the range of activations
+        (stream,) = codec.encode(y, z, [(height, width)])
+        data = container.write(stream)
         (VECTORS / f"{number}.hyp").write_bytes(data)
-        Image.fromarray(codec.decompress(data)).save(VECTORS / f"{number}.png")
+        decoded = codec.decompress(data)
+        Image.fromarray(decoded).save(VECTORS / f"{number}.png")
         print(row_of(VECTORS / f"{number}.hyp", "numpy"))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     write()
