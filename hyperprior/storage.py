@@ -105,20 +105,23 @@ def save_arrays(
     write_whole(path, lambda file: file.write(buffer.getbuffer()), check=verify_zip)
 
 
-def verify_zip(path: Path) -> None:
-    """Checks every entry against its CRC-32. Raises BadZipFile."""
+def verify_zip(path: Path, most_bytes: Optional[int] = None) -> None:
+    """Checks every entry against its CRC-32. Raises BadZipFile, also if they hold more than `most_bytes` in all."""
     with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+        if most_bytes is not None and size > most_bytes:
+            raise zipfile.BadZipFile(f"it holds {size:,} bytes; at most {most_bytes:,} are read")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
-def load_arrays(path: Path, file_format: int | str) -> tuple[Arrays, dict[str, Any]]:
-    """(arrays, state) of a file that `save_arrays` wrote.
+def load_arrays(path: Path, file_format: int | str, most_bytes: Optional[int] = None) -> tuple[Arrays, dict[str, Any]]:
+    """(arrays, state) of a file that `save_arrays` wrote, with at most `most_bytes` in all.
 
     Raises ValueError with the reason if the file is damaged, ConfigError if the file has another format.
     """
     try:
-        verify_zip(path)
+        verify_zip(path, most_bytes)
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         state = json.loads(arrays.pop("state").tobytes())

@@ -43,8 +43,8 @@ from hyperprior.model.quality import lagrangian
 from hyperprior.storage import Arrays, TrainedWeights
 
 ENGINES = ("auto", "numpy", "tensorflow")
-# Pixels from which on TensorFlow's start takes less time than it saves.
-TENSORFLOW_PAYS = 8 * 2**20
+TENSORFLOW_PAYS = 8 * 2**20  # pixels from which on TensorFlow's start takes less time than it saves
+MOST_BYTES = 2**29  # of a model's arrays; N=192, M=320 takes a tenth of it
 
 
 class Codec:
@@ -278,7 +278,10 @@ def load(path: str | Path, engine: str = "auto") -> Codec:
     file = box.find(path)
     origin = str(file.parent if file.name == box.WEIGHTS else file)
     try:
-        arrays, state = storage.load_arrays(file, box.FORMAT)
+        arrays, state = storage.load_arrays(file, box.FORMAT, MOST_BYTES)
+    except ValueError as error:
+        raise DataError(f"model {error}; export it again") from error
+    try:
         codec = Codec(arrays, config.validate(state["config"], origin), state["info"], origin, engine)
     except KeyError as error:
         raise DataError(f"model {origin} is damaged: it has no {error}; export it again") from error

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forked
@@ -190,6 +191,56 @@ def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:
     checkpoint.save(path, arrays, state)
     with pytest.raises(DataError, match="its weights and tables have fingerprint"):
         codec.load(tmp_path)
+
+
+def set_nan(arrays: storage.Arrays) -> None:
+    arrays["g_s/0/bias"][3] = np.nan
+
+
+def set_table(values: list[int], at: int = 0) -> Callable[[storage.Arrays], None]:
+    def change(arrays: storage.Arrays) -> None:
+        arrays["tables/lookup"][at : at + len(values)] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_nan, "`g_s/0/bias` is not finite"),
+        (lambda a: a.pop("g_a/2/kernel"), "it has no 'g_a/2/kernel'"),
+        (lambda a: a.update({"g_s/0/bias": np.zeros(9, np.float32)}), "is .9. float32, and should be .8."),
+        (lambda a: a.update({"z_offsets": np.zeros(8, np.float32)}), "`z_offsets` is .8. float32"),
+        (lambda a: a.update({"g_s/0/bias": np.full(8, "x")}), "`g_s/0/bias` is .8. <U1"),
+        (lambda a: a.update({"another": np.zeros(2)}), "`another` belongs to no part of it"),
+        (set_table([0]), "table 0 has a precision of 0 bits"),
+        (set_table([17]), "table 0 has a precision of 17 bits"),
+        (set_table([5], at=2), "table 0 is not a distribution"),
+        (lambda a: a.update({"tables/lookup": a["tables/lookup"][:-1]}), "is not a distribution"),
+        (lambda a: a["tables/escape"].__iadd__(1), "first values or escapes do not fit"),
+        (lambda a: a["tables/first"].__iadd__(2**30), "first values or escapes do not fit"),
+        (lambda a: a["h_s/1/kernel"].__imul__(2**24), "h_s/1 cannot be made exact"),
+        (
+            lambda a: a.update({"g_s/6/kernel": np.zeros(2**27, np.float64)}),
+            "it holds 1,07.* bytes; at most 536,870,912",
+        ),
+    ],
+)
+def test_impossible_models_are_named_in_one_line(
+    run: Path, tmp_path: Path, change: Callable[[storage.Arrays], None], message: str
+) -> None:
+    """Also models whose fingerprint is right."""
+    arrays, state = storage.load_arrays(run / "model" / "model.npz", box.FORMAT)
+    change(arrays)
+    state["fingerprint"] = storage.fingerprint(arrays)
+    path = tmp_path / "x.npz"
+    storage.save_arrays(path, arrays, state, file_format=box.FORMAT, compressed=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for engine in ("numpy", "tensorflow"):
+        with pytest.raises((DataError, ConfigError), match=message) as error:
+            codec.load(path, engine)
+        assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
 # Files ----------------------------------------------------------------------------------------------------
