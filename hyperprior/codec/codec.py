@@ -43,7 +43,7 @@ from hyperprior.model.quality import lagrangian
 from hyperprior.storage import Arrays, TrainedWeights
 
 ENGINES = ("auto", "numpy", "tensorflow")
-TENSORFLOW_PAYS = 8 * 2**20  # pixels from which on TensorFlow's start takes less time than it saves
+TENSORFLOW_PAYS = 6 * 2**20  # pixels from which on TensorFlow's start takes less time than it saves
 MOST_BYTES = 2**29  # of a model's arrays; N=192, M=320 takes a tenth of it
 
 

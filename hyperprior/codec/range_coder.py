@@ -19,6 +19,7 @@ import numpy as np
 
 MASK, DIGIT = 0xFFFFFFFF, 0xFFFF
 MOST_BITS = 16  # of a table's precision
+PIECE = 2**16  # symbols that are Python's integers at a time, which take ten times the memory of NumPy's
 
 
 class Counts:
@@ -70,7 +71,9 @@ class Encoder:
     def put(self, symbols: np.ndarray, index: np.ndarray) -> None:
         """Appends `symbols` [B, …] int32, each by the table `index` [B, …]."""
         for encoder, own_symbols, own_index in zip(self.encoders, symbols, index):
-            encoder.put(own_symbols, own_index)
+            own_symbols, own_index = own_symbols.ravel(), own_index.ravel()
+            for begin in range(0, own_index.size, PIECE):
+                encoder.put(own_symbols[begin : begin + PIECE], own_index[begin : begin + PIECE])
 
     def finish(self) -> list[bytes]:
         return [encoder.finish() for encoder in self.encoders]
@@ -84,7 +87,12 @@ class Decoder:
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """The next symbols, one for each table `index` [B, …]: int32."""
-        return np.stack([decoder.take(own_index) for decoder, own_index in zip(self.decoders, index)])
+        symbols = np.empty(index.shape, np.int32)
+        for decoder, own_index, own_symbols in zip(self.decoders, index.reshape(len(index), -1), symbols):
+            places = own_symbols.reshape(-1)
+            for begin in range(0, places.size, PIECE):
+                places[begin : begin + PIECE] = decoder.take(own_index[begin : begin + PIECE])
+        return symbols
 
 
 class SingleEncoder:
@@ -98,11 +106,12 @@ class SingleEncoder:
         self.string = bytearray()
 
     def put(self, symbols: np.ndarray, index: np.ndarray) -> None:
-        at = self.counts.first[index.ravel()] + symbols.ravel()
+        """Appends symbols [n]."""
+        at = self.counts.first[index] + symbols
         lowers, uppers = self.counts.lookup[at].tolist(), self.counts.lookup[at + 1].tolist()
         precision = self.counts.precision
         base, size_minus_1, waiting, string = self.base, self.size_minus_1, self.waiting, self.string
-        for lower, upper, table in zip(lowers, uppers, index.ravel().tolist()):
+        for lower, upper, table in zip(lowers, uppers, index.tolist()):
             size, shift = size_minus_1 + 1, precision[table]
             begin = size * lower >> shift
             size_minus_1 = (size * upper >> shift) - 1 - begin
@@ -150,11 +159,12 @@ class SingleDecoder:
         self.digits = iter(np.frombuffer(string + b"\0" * (len(string) % 2), ">u2").tolist())
         self.offset, self.size = next(self.digits, 0) << 16 | next(self.digits, 0), MASK + 1
 
-    def take(self, index: np.ndarray) -> np.ndarray:
+    def take(self, index: np.ndarray) -> list[int]:
+        """The next symbols, one for each table `index` [n]."""
         tables, digits, offset, size = self.tables, self.digits, self.offset, self.size
         symbols: list[int] = []
         append = symbols.append
-        for table in index.ravel().tolist():
+        for table in index.tolist():
             cumulative, shift = tables[table]
             # The last symbol whose part of the interval does not begin above the offset.
             symbol = bisect_right(cumulative, ((offset + 1 << shift) - 1) // size) - 1
@@ -165,4 +175,4 @@ class SingleDecoder:
             if size <= DIGIT + 1:
                 size, offset = size << 16, offset << 16 | next(digits, 0)
         self.offset, self.size = offset, size
-        return np.array(symbols, np.int32).reshape(index.shape)
+        return symbols
