@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,9 @@ WITHOUT_TENSORFLOW = [
     "hyperprior.cli",
     "hyperprior.config",
     "hyperprior.codec.files",
+    "hyperprior.codec.codec",
+    "hyperprior.codec.making",
+    "hyperprior.evaluation.evaluate",
 ]
 
 
@@ -87,6 +92,12 @@ def test_imports_have_no_cycle() -> None:
     while leaves := {name for name, used in imports_of.items() if not used & imports_of.keys()}:
         imports_of = {name: used for name, used in imports_of.items() if name not in leaves}
     assert imports_of == {}
+
+
+def test_what_files_and_evaluation_need_does_not_import_tensorflow() -> None:
+    code = f"import sys, {', '.join(WITHOUT_TENSORFLOW)}; assert 'tensorflow' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_and_the_table_list_every_part() -> None:
