@@ -2,21 +2,21 @@
 
 Read in this order:
 
-    container      the file, byte by byte, and the checks of its bytes
-    exact          h_s in integer arithmetic, and the proof of its bound
-    tables         range-coding tables
-    range_coder    a range coder in Python
-    native         the same by tensorflow-compression's C++ operations, where they can be loaded
-    symbols        integers ↔ range-coded strings, with the tables
-    tiles          images of any size, cut into tiles and strips
-    numpy_engine   a model's transforms in NumPy alone
+    container           the file, and the checks of its bytes
+    exact               h_s in integer arithmetic, and the proof of its bound
+    tables              range-coding tables
+    range_coder         a range coder in Python
+    native              the same by tensorflow-compression's C++ operations, where they can be loaded
+    symbols             integers ↔ range-coded strings, with the tables
+    tiles               images of any size, cut into tiles and strips
+    numpy_engine        a model's transforms in NumPy alone
     tensorflow_engine   the same as TensorFlow graphs: for large images, batches, GPUs
-    codec          images ↔ latents ↔ bytes
-    making         all arrays of a codec, from trained weights
-    search         the encoder's search for latents that cost less
-    serving        the codec as a SavedModel
-    box            the search for a model by its name, and the models that ship with the package
-    files          the commands on files: compress, decompress, info
+    codec               images ↔ latents ↔ bytes
+    making              all arrays of a codec, from trained weights
+    search              the encoder's search for latents that cost less
+    serving             the codec as a SavedModel
+    box                 the search for a model by its name, and the models that ship with the package
+    files               the commands on files: compress, decompress, info
 
 Only tensorflow_engine, native, search and serving need TensorFlow. This package knows the model, not its training.
 """

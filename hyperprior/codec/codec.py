@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hyperprior import config, stack, storage
-from hyperprior.codec import box, container, exact
+from hyperprior.codec import box, container, exact, range_coder
 from hyperprior.codec.numpy_engine import NumPyEngine
 from hyperprior.codec.symbols import Decoder, Encoder
 from hyperprior.codec.tables import INT16, Tables
@@ -71,7 +71,8 @@ class Codec:
         self.layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(number_of_layers)]
         exact.check_bounds(self.layers, model)
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
-        self.tables.check(model.num_scales + model.hyper_channels)
+        self.coder = range_coder.Coder(self.tables.lookup)
+        self.tables.check(self.coder.counts, model.num_scales + model.hyper_channels)
         self.z_offsets = weights.pop("z_offsets")
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
@@ -79,7 +80,7 @@ class Codec:
         if engine == "tensorflow" or (engine == "auto" and "tensorflow" in sys.modules):
             self.engine: Any = self.tensorflow_engine
         else:
-            self.engine = NumPyEngine(self.weights, self.layers, self.z_offsets, self.tables, model)
+            self.engine = NumPyEngine(self.weights, self.layers, self.z_offsets, self.coder, model)
 
     @functools.cached_property
     def tensorflow_engine(self) -> Any:
@@ -87,7 +88,7 @@ class Codec:
         stack.start_tensorflow()
         from hyperprior.codec.tensorflow_engine import TensorFlowEngine
 
-        return TensorFlowEngine(self.weights, self.layers, self.z_offsets, self.tables, self.config.model)
+        return TensorFlowEngine(self.weights, self.layers, self.z_offsets, self.coder, self.config.model)
 
     def choose_engine(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Counts the pixels of images of (height, width), and changes to TensorFlow if it will save time."""
@@ -156,7 +157,7 @@ class Codec:
                 f"{self.config.loss.metric}: set effort to 0"
             )
         if effort:
-            _ = self.tensorflow_engine
+            stack.start_tensorflow()
 
     def read(self, data: bytes, max_pixels: int = container.MAX_PIXELS) -> container.Stream:
         """The checked contents of a file. Raises BitstreamError, also for a file of another model."""
@@ -204,6 +205,7 @@ class Codec:
     def improve(self, y: np.ndarray, z: np.ndarray, image: np.ndarray, effort: int) -> None:
         """Changes `y` [1, h, w, M] to cheaper latents, tile by tile. A tile sees the changes of earlier tiles."""
         weight = lagrangian(0.0, 1.0 / 3.0, self.config.loss.lmbda, "mse")  # MSE averages over channels
+        search = self.tensorflow_engine.search
         for rows, columns in tiles(z.shape, TILE // Z_ELEMENTS, SEARCH_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source(), columns.source()])
             scales = exact.scales(sums, self.config.model)
@@ -215,7 +217,6 @@ class Codec:
             may_change = np.zeros((1, *y[place].shape[1:3], 1), np.float32)
             may_change[:, rows.inside(Z_ELEMENTS), columns.inside(Z_ELEMENTS)] = 1.0
             x = x[None] / np.float32(255.0)
-            search = self.tensorflow_engine.search
             y[place] = search(y[place], scales, x, is_image, may_change, weight, effort)
 
     def indexes(self, z: np.ndarray, rows: Span) -> np.ndarray:

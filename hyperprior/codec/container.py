@@ -1,18 +1,5 @@
-"""The `.hyp` file. All its bytes are checked here, before the range decoder reads them.
-
-offset  size  little-endian
-     0     4  magic, 89 48 59 50
-     4     1  format version, 1
-     5     8  fingerprint of the model: the start of the SHA-256 of its weights and tables
-    13     2  height in pixels
-    15     2  width in pixels
-    17     4  length C of the range-coded string
-    21     4  number E of escapes
-    25     4  checksum of the size and the symbols, see `checksum`
-    29     C  range-coded symbols: ẑ, then ŷ, each by row, column, channel
-29 + C    2E  escapes, int16: the values outside their tables, in coding order
-           4  CRC-32 of all bytes before it
-"""
+"""The `.hyp` file, whose layout is in README.md beside this module. All its bytes are checked here, before the range
+decoder reads them."""
 
 from __future__ import annotations
 

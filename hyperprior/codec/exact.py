@@ -23,6 +23,7 @@ from hyperprior.storage import Arrays
 
 WEIGHT_BITS, ACTIVATION_BITS, RANGE_BITS = 16, 12, 12
 SUM_BITS = WEIGHT_BITS + ACTIVATION_BITS
+LIMIT = 2.0 ** (ACTIVATION_BITS + RANGE_BITS)  # of an activation, as an integer
 EXACT = 2**53  # float64 holds every integer up to here
 
 Layers = Sequence[tuple[np.ndarray, np.ndarray]]
@@ -69,7 +70,7 @@ def check_bounds(layers: Layers, settings: Model) -> None:
     """Proves that |partial sums| < 2⁵³ for every input, or raises ConfigError."""
     for number, (layer, (kernel, bias)) in enumerate(zip(hyper_synthesis(settings), layers)):
         taps = np.abs(kernel.astype(np.float64)).sum(axis=(0, 1, 3) if layer.transpose else (0, 1, 2))
-        bound = float(np.max(taps * 2.0 ** (ACTIVATION_BITS + RANGE_BITS) + np.abs(bias.astype(np.float64))))
+        bound = float(np.max(taps * LIMIT + np.abs(bias.astype(np.float64))))
         # `not <` also refuses NaN. The kernel must fit into int32, in which it is stored.
         if not bound < EXACT or not np.abs(kernel).max() < 2**31:
             raise ConfigError(

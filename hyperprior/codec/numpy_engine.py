@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from hyperprior.codec import exact, range_coder
-from hyperprior.codec.tables import INT16, Tables
+from hyperprior.codec.tables import INT16
 from hyperprior.config import Model
 from hyperprior.model import architecture
 from hyperprior.model.architecture import BETA_MINIMUM, ROOT_OFFSET, Convolution
@@ -30,17 +30,13 @@ Function = Callable[[np.ndarray], np.ndarray]
 class NumPyEngine:
     """The interface of `tensorflow_engine.TensorFlowEngine`, without the search."""
 
-    def __init__(self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, tables: Tables, settings: Model):
-        self.coder = range_coder.Coder(tables.lookup)
+    def __init__(
+        self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, coder: range_coder.Coder, settings: Model
+    ):
+        self.coder = coder
         self.z_offsets, self.offsets = z_offsets, exact.offset_values(z_offsets)
         self.g_a, self.g_s, self.h_a = (make_transform(name, weights, settings) for name in ("g_a", "g_s", "h_a"))
-        # float64 holds these integers and all their sums exactly.
-        limit = 2.0 ** (exact.ACTIVATION_BITS + exact.RANGE_BITS)
-
-        def rescale(sums: np.ndarray) -> np.ndarray:
-            return np.rint(np.clip(sums * 2.0**-exact.WEIGHT_BITS, 0.0, limit))
-
-        steps = []
+        steps = []  # in float64, which holds these integers and all their sums exactly
         for layer, (kernel, bias) in zip(architecture.hyper_synthesis(settings), layers):
             after = [add(bias.astype(np.float64)), *([rescale] if layer.relu else [])]
             steps.append(make_convolution(layer, kernel.astype(np.float64), after))
@@ -57,8 +53,7 @@ class NumPyEngine:
 
     def index_sums(self, z: np.ndarray) -> np.ndarray:
         """The integers of ẑ → [B, 4h, 4w, M] float64: the scale index in units of 2⁻²⁸, not yet rounded."""
-        limit = 2.0 ** (exact.ACTIVATION_BITS + exact.RANGE_BITS)
-        return self.h_s(np.clip(z * 2.0**exact.ACTIVATION_BITS + self.z_offsets, -limit, limit))
+        return self.h_s(np.clip(z * 2.0**exact.ACTIVATION_BITS + self.z_offsets, -exact.LIMIT, exact.LIMIT))
 
     def synthesise(self, y: np.ndarray) -> np.ndarray:
         """ŷ [B, h, w, M] float32 → pixels [B, 16h, 16w, 3] uint8."""
@@ -172,6 +167,13 @@ def add(bias: np.ndarray) -> Function:
 
 def rectify(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0.0, out=x)
+
+
+def rescale(sums: np.ndarray) -> np.ndarray:
+    """ReLU of the sums of integers, and rounding to integers of the activations' unit."""
+    sums *= 2.0**-exact.WEIGHT_BITS
+    np.clip(sums, 0.0, exact.LIMIT, out=sums)
+    return np.rint(sums, out=sums)
 
 
 def normalise(beta: np.ndarray, gamma: np.ndarray, inverse: bool, x: np.ndarray) -> np.ndarray:

@@ -26,9 +26,8 @@ class Tables(NamedTuple):
     first: np.ndarray
     escape: np.ndarray
 
-    def check(self, count: int) -> None:
-        """Raises ValueError unless these are `count` tables that a range coder can use."""
-        counts = Counts(self.lookup)
+    def check(self, counts: Counts, count: int) -> None:
+        """Raises ValueError unless these are `count` tables; `counts`: those of `lookup`."""
         symbols = [len(cumulative) - 1 for cumulative in counts.cumulative]
         if not len(self.first) == len(self.escape) == len(symbols) == count:
             raise ValueError(f"{len(symbols)} tables instead of {count}")

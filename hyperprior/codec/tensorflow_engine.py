@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hyperprior import storage
 from hyperprior.codec import exact, native, range_coder, search
-from hyperprior.codec.tables import INT16, Tables
+from hyperprior.codec.tables import INT16
 from hyperprior.config import Model
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
@@ -19,13 +19,15 @@ from hyperprior.storage import Arrays
 class TensorFlowEngine:
     """`weights`: of all transforms except h_s, by the model's names; `layers`: h_s as integers, see `exact`;
     `z_offsets`: the quantisation offsets of z, see `exact.offsets`. All functions take and return NumPy arrays, except
-    those `in_graph`. `coder`: the range coder in C++ where it can be loaded, else the one in Python.
+    those `in_graph`. `coder`: the range coder in Python; the one in C++ is used instead where it
+    can be loaded.
     """
 
-    def __init__(self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, tables: Tables, settings: Model):
+    def __init__(
+        self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, coder: range_coder.Coder, settings: Model
+    ):
         operations = native.load_operations().module
-        lookup = tables.lookup
-        self.coder: Any = native.Coder(operations, lookup) if operations else range_coder.Coder(lookup)
+        self.coder: Any = native.Coder(operations, coder.counts.lookup) if operations else coder
         self.layers, self.z_offsets = layers, z_offsets
         self.model = ScaleHyperprior(settings)
         del self.model.h_s  # `layers` replaces it
@@ -57,16 +59,15 @@ class TensorFlowEngine:
         """The integers of ẑ → [B, 4h, 4w, M] float64: the scale index in units of 2⁻²⁸, not yet rounded."""
         # Always on the CPU: the libraries of a GPU may transform a convolution, which adds roundings.
         with tf.device("cpu:0"):
-            limit = 2.0 ** (exact.ACTIVATION_BITS + exact.RANGE_BITS)
             x = tf.cast(z, tf.float64) * 2.0**exact.ACTIVATION_BITS + self.z_offsets.astype(np.float64)
-            x = tf.clip_by_value(x, -limit, limit)
+            x = tf.clip_by_value(x, -exact.LIMIT, exact.LIMIT)
             *inner, (last_kernel, last_bias) = self.layers
             for kernel, bias in inner:
                 batch, height, width, _ = tf.unstack(tf.shape(x))
                 shape = (batch, 2 * height, 2 * width, kernel.shape[2])
                 x = tf.nn.conv2d_transpose(x, kernel.astype(np.float64), shape, 2, "SAME") + bias.astype(np.float64)
                 # ReLU, and rounding to integers.
-                x = tf.round(tf.clip_by_value(x * 2.0**-exact.WEIGHT_BITS, 0.0, limit))
+                x = tf.round(tf.clip_by_value(x * 2.0**-exact.WEIGHT_BITS, 0.0, exact.LIMIT))
             return tf.nn.conv2d(x, last_kernel.astype(np.float64), 1, "SAME") + last_bias.astype(np.float64)
 
     def synthesise_in_graph(self, y: tf.Tensor) -> tf.Tensor:
