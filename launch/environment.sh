@@ -3,6 +3,15 @@
 # Makes a virtual environment and installs the project into it with the extra $1. Does nothing if this is done already.
 # Sets `venv`: .venv, or .venv-3.12 if PYTHON names a Python 3.12 and .venv has another version.
 make_environment() {
+    local status=0
+    # Scripts that start together wait here for each other: pip must not replace libraries that the other one has loaded.
+    if command -v flock > /dev/null && mkdir -p .venv && { exec 9> .venv/lock; } 2> /dev/null; then flock 9; fi
+    make_environment_alone "$1" || status=$?
+    exec 9>&-
+    return $status
+}
+
+make_environment_alone() {
     local extras="$1" stamp python="" version candidate candidates
     venv=.venv
     if [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; then

@@ -37,7 +37,7 @@ def environment(stack: str) -> Path | None:
     for version in STACKS[stack][0]:
         for python in (shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))):
             if python and subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode == 0:
-                script = "set -e; source launch/environment.sh; make_environment ''; echo $PWD/$venv"
+                script = "set -e; source launch/environment.sh; make_environment dev; echo $PWD/$venv"
                 variables = {**os.environ, "PYTHON": str(python)}
                 made = subprocess.run(["bash", "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True)
                 assert made.returncode == 0, made.stderr

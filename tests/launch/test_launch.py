@@ -68,16 +68,21 @@ def test_workers_sh_prints_its_usage_and_passes_exit_codes_on(stand_in: dict[str
     assert running.wait(10) == 75  # no restart after SIGTERM
 
 
-def test_an_installation_that_fails_is_tried_again(tmp_path: Path) -> None:
-    """pip fails once: `launch/local.sh` passes pip's exit code on, and leaves no stamp, so it tries again."""
+def make_checkout(folder: Path, **commands: str) -> None:
+    """A checkout for `launch/local.sh` whose `.venv` holds these commands, each with the text of a shell script."""
     for name in ("launch/environment.sh", "launch/local.sh", "pyproject.toml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name, text in (("python", 'echo "$@" >> pip.log; exit $(cat code)'), ("hyperprior", 'echo "trains $@"')):
-        path = tmp_path / ".venv" / "bin" / name
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for name, text in commands.items():
+        path = folder / ".venv" / "bin" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/usr/bin/env bash\n{text}\n")
         path.chmod(0o755)
+
+
+def test_an_installation_that_fails_is_tried_again(tmp_path: Path) -> None:
+    """pip fails once: `launch/local.sh` passes pip's exit code on, and leaves no stamp, so it tries again."""
+    make_checkout(tmp_path, python='echo "$@" >> pip.log; exit $(cat code)', hyperprior='echo "trains $@"')
     environment = {"PATH": "/usr/bin:/bin"}  # without nvidia-smi and $HYPERPRIOR
     outcomes = []
     for code in ("7", "0", "8"):
@@ -88,6 +93,15 @@ def test_an_installation_that_fails_is_tried_again(tmp_path: Path) -> None:
     assert outcomes == [(7, False), (0, True), (0, True)]
     log = (tmp_path / "pip.log").read_text().splitlines()
     assert len(log) == 2 and all(line.endswith(" -e .") for line in log)
+
+
+def test_scripts_that_start_together_install_once(tmp_path: Path) -> None:
+    make_checkout(tmp_path, python='echo "begins" >> pip.log; sleep 1; echo "ends" >> pip.log', hyperprior="")
+    scripts = [
+        subprocess.Popen([tmp_path / "launch" / "local.sh", "c.yaml"], env={"PATH": "/usr/bin:/bin"}) for _ in range(3)
+    ]
+    assert [script.wait(20) for script in scripts] == [0, 0, 0]
+    assert (tmp_path / "pip.log").read_text().split() == ["begins", "ends"]
 
 
 @pytest.mark.parametrize("metric", ["mse", "ms-ssim"])
