@@ -29,7 +29,7 @@ def bench_step(settings: Config, world: World, repeats: int, terminal: Terminal)
     batch = world.batch_size
     model, optimizer = build_model(world, settings, LONG_RUN)
     before = measure_peak_mib()
-    step = time_step(settings, world, model, optimizer, repeats)
+    step, nodes = time_step(settings, world, model, optimizer, repeats)
     memory = measure_peak_mib()
 
     layers = work_of_layers(model, settings.data.patch_size)
@@ -54,11 +54,13 @@ def bench_step(settings: Config, world: World, repeats: int, terminal: Terminal)
         f"ideal     {ideal:.4f} s at the {main_rate / 1e9:.0f} GFLOP/s of {main.name}, forward (a 2048² matrix "
         f"product: {product_rate / 1e9:.0f}); step / ideal = {step.median / ideal:.2f}",
         f"alone     {shares}; all parts {sum(parts.values()) / step.median:.0%} of the step",
+        f"graph     {nodes} nodes in the graph of a call, with those of its functions",
         f"memory    {memory:.0f} MiB at most, {memory - before:.0f} of them by training",
     ):
         terminal.say(line)
     return {
         "step": step._asdict(),
+        "nodes": nodes,
         "gflop": work / 1e9,
         "gflop_per_s": {"dominant convolution": main_rate / 1e9, "matrix product": product_rate / 1e9},
         "ideal": ideal,
@@ -74,20 +76,28 @@ def measure_peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def time_step(settings: Config, world: World, model: ScaleHyperprior, optimizer: Optimizer, repeats: int) -> Timing:
-    """Seconds of a step, measured in calls of about two seconds."""
-    train_steps = make_train_steps(world, model, optimizer, tf.Variable(0.0, trainable=False), settings)
+def time_step(
+    settings: Config, world: World, model: ScaleHyperprior, optimizer: Optimizer, repeats: int
+) -> tuple[Timing, int]:
+    """(seconds of a step, measured in calls of about two seconds; number of nodes in a call's graph)."""
+    train_steps: Any = make_train_steps(world, model, optimizer, tf.Variable(0.0, trainable=False), settings)
     rng = np.random.default_rng(0)
     side = settings.data.patch_size
 
-    def make_call(count: int) -> Callable[[], Any]:
+    def make_inputs(count: int) -> tuple:
         shape = (count, world.replica_batch, side, side, 3)
         patches = world.place([rng.integers(0, 256, shape, np.uint8) for _ in range(world.local_replicas)])
         no_counts = world.place_once(np.zeros((count, len(Counts._fields)), np.float32))
-        return lambda: int(train_steps(patches, no_counts, tf.constant(0, tf.int64), tf.constant(0)).done)
+        return patches, no_counts, tf.constant(0, tf.int64), tf.constant(0)
 
-    count = max(1, min(20, int(2.0 / time_call(make_call(1), 1).median)))
-    return time_call(make_call(count), repeats, count)
+    def make_call(inputs: tuple) -> Callable[[], Any]:
+        return lambda: int(train_steps(*inputs).done)
+
+    one = make_inputs(1)
+    count = max(1, min(20, int(2.0 / time_call(make_call(one), 1).median)))
+    graph = train_steps.get_concrete_function(*one).graph.as_graph_def()
+    nodes = len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+    return time_call(make_call(make_inputs(count)), repeats, count), nodes
 
 
 def make_layer_input(layer: LayerWork, world: World) -> tf.Tensor:

@@ -12,22 +12,24 @@ import tensorflow as tf
 from hyperprior.model.architecture import ROOT_OFFSET
 
 
-def lower_bound(x: tf.Tensor, bound: float) -> tf.Tensor:
-    """max(x, bound). Below the bound the gradient passes only where descent along it raises x."""
+def lower_bound(x: tf.Tensor, limit: float) -> tf.Tensor:
+    """max(x, limit). Below the limit the gradient passes only where descent along it raises x."""
 
     @tf.custom_gradient
     def run(x: tf.Tensor) -> Any:
-        return tf.maximum(x, bound), lambda d: d * tf.cast((x >= bound) | (d < 0.0), d.dtype)
+        bound, zero = tf.constant(limit, x.dtype), tf.zeros((), x.dtype)
+        return tf.maximum(x, bound), lambda d: tf.where((x < bound) & (d > zero), zero, d)
 
     return run(x)
 
 
-def upper_bound(x: tf.Tensor, bound: float) -> tf.Tensor:
-    """min(x, bound). Above the bound the gradient passes only where descent along it lowers x."""
+def upper_bound(x: tf.Tensor, limit: float) -> tf.Tensor:
+    """min(x, limit). Above the limit the gradient passes only where descent along it lowers x."""
 
     @tf.custom_gradient
     def run(x: tf.Tensor) -> Any:
-        return tf.minimum(x, bound), lambda d: d * tf.cast((x <= bound) | (d > 0.0), d.dtype)
+        bound, zero = tf.constant(limit, x.dtype), tf.zeros((), x.dtype)
+        return tf.minimum(x, bound), lambda d: tf.where((x > bound) & (d < zero), zero, d)
 
     return run(x)
 

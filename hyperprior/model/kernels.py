@@ -37,10 +37,15 @@ def up(x: tf.Tensor, kernel: tf.Tensor, stride: int = 2) -> tf.Tensor:
 
 
 def convolve_transposed(x: tf.Tensor, kernel: tf.Tensor, stride: int) -> tf.Tensor:
-    batch, height, width, _ = tf.unstack(tf.shape(x))
+    batch, height, width, _ = sizes_of(x)
     y = tf.nn.conv2d_transpose(x, kernel, (batch, height * stride, width * stride, kernel.shape[2]), stride, "SAME")
     y.set_shape((*(side and side * scale for side, scale in zip(x.shape[:3], (1, stride, stride))), kernel.shape[2]))
     return y
+
+
+def sizes_of(x: tf.Tensor) -> Sequence[Any]:
+    """The sizes of x along its axes: numbers if all are known, which needs no operations, else scalar tensors."""
+    return tuple(x.shape) if x.shape.is_fully_defined() else tf.unstack(tf.shape(x))
 
 
 def products_are_faster(x: tf.Tensor, kernel_shape: tf.TensorShape) -> bool:
@@ -218,14 +223,15 @@ def normalise_gradient(
     x: tf.Tensor, factor: tf.Tensor, dy: tf.Tensor, gamma: tf.Tensor, inverse: bool
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The gradients by x, beta and gamma, from the gradient `dy` by y and the factor of `normalise`."""
-    values, d, sign = tf.cast(x, tf.float32), tf.cast(dy, tf.float32), 1.0 if inverse else -1.0
+    values, d = tf.cast(x, tf.float32), tf.cast(dy, tf.float32)
     direct = d * factor
     # The derivative of norm^±½ is ±½ · norm^±½ / norm. In d_x the factor ½ cancels, because d(x²) = 2 x dx. So it is
     # applied only to the gradients by beta and gamma, which are small arrays.
     d_norm = d * values / factor if inverse else direct * values * factor * factor
-    d_x = direct + values * multiply(d_norm, sign * gamma, x.dtype, transpose_b=True)
+    d_x = direct + values * multiply(d_norm, gamma if inverse else -gamma, x.dtype, transpose_b=True)
     d_beta, d_gamma = tf.reduce_sum(d_norm, axis=0), multiply(tf.square(values), d_norm, x.dtype, transpose_a=True)
-    return tf.cast(d_x, x.dtype), 0.5 * sign * d_beta, 0.5 * sign * d_gamma
+    half = tf.constant(0.5 if inverse else -0.5)
+    return tf.cast(d_x, x.dtype), half * d_beta, half * d_gamma
 
 
 def multiply(a: tf.Tensor, b: tf.Tensor, dtype: tf.DType, **transpose: bool) -> tf.Tensor:

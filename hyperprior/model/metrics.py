@@ -24,22 +24,14 @@ def measure(
     ms_ssim is measured only `with_ms_ssim` or if it is the distortion; ms_ssim_images is 1 for images that are large
     enough for it.
     """
-    height, width = tf.unstack(tf.shape(x)[1:3])
+    pixels = x.shape[1:3].num_elements() or tf.cast(tf.reduce_prod(tf.shape(x)[1:3]), tf.float32)
     error = mse(x, x_hat)
-    values = {
-        "bpp_y": bits_per_pixel(bits_y, height, width),
-        "bpp_z": bits_per_pixel(bits_z, height, width),
-        "psnr_db": psnr_db(error),
-    }
+    values = {"bpp_y": bits_y * (1.0 / pixels), "bpp_z": bits_z * (1.0 / pixels), "psnr_db": psnr_db(error)}
     if with_ms_ssim or loss.metric == "ms-ssim":
         values["ms_ssim"], values["ms_ssim_images"] = ms_ssim_if_large(x, x_hat)
     values["distortion"] = error if loss.metric == "mse" else 1.0 - values["ms_ssim"]
     values["loss"] = lagrangian(values["bpp_y"] + values["bpp_z"], values["distortion"], loss.lmbda, loss.metric)
     return values
-
-
-def bits_per_pixel(bits: tf.Tensor, height: int | tf.Tensor, width: int | tf.Tensor) -> tf.Tensor:
-    return bits / tf.cast(height * width, tf.float32)
 
 
 def mse(x: tf.Tensor, x_hat: tf.Tensor) -> tf.Tensor:

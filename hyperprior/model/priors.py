@@ -18,6 +18,7 @@ from hyperprior.model.densities import MAX_BITS, STAGES
 # The initial scale of the prior of z. With 10, as in tensorflow-compression, the rate of z is three times as high
 # after 500 steps.
 PRIOR_SCALE = 1.0
+AUTO_SELECT = 3  # as in tf.random.Algorithm: the generator that suits the device
 SMALLEST_MASS = 1e-30  # a smaller mass may underflow to 0 in float32, and 0 has no logarithm
 
 
@@ -53,7 +54,7 @@ class FactorizedPrior(tf.Module):
         large, small = tf.where(is_above, -lower, upper), tf.where(is_above, -upper, lower)
         log_large, log_small = tf.math.log_sigmoid(large), tf.math.log_sigmoid(small)
         log_mass = log_large + tf.math.log1p(-tf.exp(log_small - log_large))
-        each = limit_bits(log_mass[:, 0] / -math.log(2.0))
+        each = limit_bits(log_mass[:, 0] * (-1.0 / math.log(2.0)))
         return tf.reduce_sum(tf.reshape(tf.reduce_sum(each, axis=0), (tf.shape(z)[0], -1)), axis=1)
 
     def _logits(self, x: tf.Tensor) -> tf.Tensor:
@@ -112,5 +113,15 @@ def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) ->
     `seed`: below 2⁶²; `step`: int64 scalar; `lanes`: [b] int64 with static b, places in the global batch, below
     2²⁰.
     """
-    places = tf.unstack(step * 2**20 + lanes)
-    return tf.stack([tf.random.stateless_uniform(shape, tf.stack([seed, p]), -0.5, 0.5) for p in places])
+    size, generator = tf.constant(shape), tf.constant(AUTO_SELECT)
+    with tf.device("CPU:0"):  # a GPU's random numbers take their seed from the host's memory
+        states = [
+            tf.raw_ops.StatelessRandomGetKeyCounter(seed=tf.stack([seed, place]))
+            for place in tf.unstack(step * 2**20 + lanes)
+        ]
+    # tf.random.stateless_uniform has four more operations, which map [0, 1) to itself.
+    draws = [
+        tf.raw_ops.StatelessRandomUniformV2(shape=size, key=state.key, counter=state.counter, alg=generator)
+        for state in states
+    ]
+    return tf.stack(draws) - 0.5

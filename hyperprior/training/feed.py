@@ -50,6 +50,7 @@ class Feed:
         self.world, self.settings, self.timetable, self.stop, self.terminal = world, settings, timetable, stop, terminal
         self.reading = stream.Reading()
         self.waited = 0.0
+        self.step = step  # the first of the next chunk
         lanes = world.lanes(world.batch_size)
         batches = stream.batches(
             split, settings.data, settings.seed, lanes, world.batch_size, list(cursors), self.reading
@@ -57,15 +58,16 @@ class Feed:
         self.prefetch = stream.Prefetch(self._collect_chunks(batches, step))
 
     def next_chunk(self) -> Chunk:
-        """The next chunk. If this worker must stop, a blank chunk: all workers then stop in its step."""
+        """The next chunk. If this worker must stop, a blank chunk of as many steps: all workers stop in its first."""
         began = time.perf_counter()
+        first, self.step = self.step, self.timetable.end_of_call(self.step)
         chunk = None
         try:
             chunk = self.prefetch.next(lambda: self.stop.requested, self._warn_late)
         except HyperpriorError as error:
             self.stop.request(error)
         self.waited += time.perf_counter() - began
-        return chunk or self._make_blank()
+        return chunk or self._make_blank(self.step - first)
 
     def close(self) -> None:
         self.prefetch.close()
@@ -85,10 +87,10 @@ class Feed:
                     [dataclasses.replace(batch, images=images[:0]) for batch in taken],
                 )
 
-    def _make_blank(self) -> Chunk:
+    def _make_blank(self, steps: int) -> Chunk:
         side = self.settings.data.patch_size
-        blank = np.zeros((1, self.world.replica_batch, side, side, 3), np.uint8)
-        return Chunk([blank] * self.world.local_replicas, np.zeros((1, len(Counts._fields)), np.float32), [])
+        blank = np.zeros((steps, self.world.replica_batch, side, side, 3), np.uint8)
+        return Chunk([blank] * self.world.local_replicas, np.zeros((steps, len(Counts._fields)), np.float32), [])
 
     def _warn_late(self, seconds: float) -> None:
         self.terminal.warn(f"no input for {seconds:.0f} s: waiting for {self.reading.name}")

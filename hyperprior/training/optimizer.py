@@ -1,7 +1,7 @@
 """Adam, its learning rate, and the moving average of the weights, under the names of the model's variables.
 
-Keras's Adam does not fit. Its update needs a merge call, so it cannot run inside the tf.cond that keeps a non-finite
-gradient away from the weights. Its slots have no stable names, so a checkpoint cannot be checked against them.
+Keras's Adam does not fit. It cannot leave out a step with a non-finite gradient without making the host wait for the
+devices. Its slots have no stable names, so a checkpoint cannot be checked against them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import tensorflow as tf
 from hyperprior import config
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+# Adam's moments move towards g and g² by (1 − beta) of the way: with beta 1 they stay. This g is below any moment, so a
+# moment of −0 stays too, and g² is still a number.
+UNCHANGING = -1e18
 LOSS_SCALE_START, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 
 
@@ -68,60 +71,48 @@ class Optimizer(tf.Module):
 
         A `dropped` step changes nothing at all.
 
-        The fused kernel updates each replica's own copy. Equal gradients keep the copies equal.
+        The host never waits for these conditions: they select values, and every operation runs. Adam then gets
+        `UNCHANGING`. Its fused kernel updates each replica's own copy; equal gradients keep the copies equal.
         """
-
-        def update() -> tf.Tensor:
-            count = tf.cast(self.updates + 1, tf.float32)
-            rate, power_1, power_2 = self.learning_rate(step), tf.pow(BETA_1, count), tf.pow(BETA_2, count)
-            updates = []
-            for (name, variable), gradient in zip(self.variables_by_name.items(), gradients):
-                adam = tf.raw_ops.ResourceApplyAdam(
-                    var=variable.handle,
-                    m=self.mean[name].handle,
-                    v=self.variance[name].handle,
-                    beta1_power=power_1,
-                    beta2_power=power_2,
-                    lr=rate,
-                    beta1=BETA_1,
-                    beta2=BETA_2,
-                    epsilon=EPSILON,
-                    grad=gradient,
-                )
-                if self.average:
-                    with tf.control_dependencies([adam]):
-                        average = self.average[name].handle
-                        old = tf.raw_ops.ReadVariableOp(resource=average, dtype=tf.float32)
-                        new = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=tf.float32)
-                        # The decay starts small: a fixed one would keep the initial weights for too long.
-                        decay = tf.minimum(self.settings.ema, count / (count + 9.0))
-                        adam = tf.raw_ops.AssignVariableOp(resource=average, value=new + decay * (old - new))
-                updates.append(adam)
-            with tf.control_dependencies([*updates, add_locally(self.updates, 1), *self._grow_loss_scale()]):
-                return tf.constant(True)
-
-        def lower_loss_scale() -> tf.Tensor:
-            with tf.control_dependencies(self._halve_loss_scale()):
-                return tf.constant(True)
-
-        def do_nothing() -> tf.Tensor:
-            return tf.constant(False)
-
-        # Two separate conditions: nested ones would pass every variable through both.
-        tf.cond(finite & ~dropped, update, do_nothing)
+        is_applied = finite & ~dropped
+        count = tf.cast(self.updates + 1, tf.float32)
+        rate = tf.where(is_applied, self.learning_rate(step), 0.0)
+        beta_1, beta_2 = tf.where(is_applied, BETA_1, 1.0), tf.where(is_applied, BETA_2, 1.0)
+        power_1, power_2, epsilon = tf.pow(BETA_1, count), tf.pow(BETA_2, count), tf.constant(EPSILON)
+        no_gradient = tf.constant(UNCHANGING)
+        if self.average:
+            # The decay starts small: a fixed one would keep the initial weights for too long.
+            decay = tf.minimum(self.settings.ema, count / (count + 9.0))
+        for (name, variable), gradient in zip(self.variables_by_name.items(), gradients):
+            adam = tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle,
+                m=self.mean[name].handle,
+                v=self.variance[name].handle,
+                beta1_power=power_1,
+                beta2_power=power_2,
+                lr=rate,
+                beta1=beta_1,
+                beta2=beta_2,
+                epsilon=epsilon,
+                grad=tf.where(is_applied, gradient, no_gradient),
+            )
+            if self.average:
+                with tf.control_dependencies([adam]):
+                    average = self.average[name].handle
+                    old = tf.raw_ops.ReadVariableOp(resource=average, dtype=tf.float32)
+                    new = tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=tf.float32)
+                    assign_locally(self.average[name], tf.where(is_applied, new + decay * (old - new), old))
+        tf.raw_ops.AssignAddVariableOp(resource=self.updates.handle, value=tf.cast(is_applied, tf.int64))
         if self.loss_scaling:
-            tf.cond(~finite & ~dropped, lower_loss_scale, do_nothing)
+            self._adapt_loss_scale(is_applied, ~finite & ~dropped)
 
-    def _grow_loss_scale(self) -> list[tf.Operation]:
-        if not self.loss_scaling:
-            return []
-        grown = (self.good_steps + 1) % LOSS_SCALE_GROWTH_STEPS
-        scale = tf.where(grown == 0, tf.minimum(self.loss_scale * 2.0, 2.0**24), tf.identity(self.loss_scale))
-        return [assign_locally(self.good_steps, grown), assign_locally(self.loss_scale, scale)]
-
-    def _halve_loss_scale(self) -> list[tf.Operation]:
+    def _adapt_loss_scale(self, is_applied: tf.Tensor, overflows: tf.Tensor) -> None:
+        scale, good_steps = tf.identity(self.loss_scale), tf.identity(self.good_steps)
+        grown = (good_steps + 1) % LOSS_SCALE_GROWTH_STEPS
+        doubled = tf.where(grown == 0, tf.minimum(scale * 2.0, 2.0**24), scale)
         no_steps = tf.constant(0, tf.int64)
-        return [assign_locally(self.good_steps, no_steps), assign_locally(self.loss_scale, self.loss_scale / 2.0)]
+        assign_locally(self.good_steps, tf.where(is_applied, grown, tf.where(overflows, no_steps, good_steps)))
+        assign_locally(self.loss_scale, tf.where(is_applied, doubled, tf.where(overflows, scale / 2.0, scale)))
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -136,10 +127,6 @@ class Optimizer(tf.Module):
                 self.variables_by_name[name].assign(value)
 
 
-def assign_locally(variable: tf.Variable, value: tf.Tensor) -> tf.Operation:
-    """Assigns in this replica only. The variable's own `assign` does not allow that inside a tf.cond."""
-    return tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
-
-
-def add_locally(variable: tf.Variable, value: int) -> tf.Operation:
-    return tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=tf.constant(value, variable.dtype))
+def assign_locally(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Assigns in this replica only. The variable's own `assign` would ask how to combine the replicas' values."""
+    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)

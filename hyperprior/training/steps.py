@@ -27,11 +27,14 @@ SUMMED = (*MEASURED, "gradient_norm", "steps")
 
 
 class Steps(NamedTuple):
-    """The result of a call of n steps. A step that is not counted in `done` changed nothing."""
+    """The result of a call of n steps. A step that is not counted in `done` changed nothing.
 
-    done: tf.Tensor  # int32: steps taken; fewer than n after a stop or when training diverged
+    Numbers are floats: TensorFlow computes on int32 in the host's memory, and the host would wait for the devices.
+    """
+
+    done: tf.Tensor  # float32: steps taken; fewer than n after a stop or when training diverged
     stopped: tf.Tensor  # bool: a worker was asked to stop
-    failed: tf.Tensor  # int32: number of non-finite steps in a row, up to the last step
+    failed: tf.Tensor  # float32: number of non-finite steps in a row, up to the last step
     metrics: tf.Tensor  # [len(SUMMED)]
     counts: tf.Tensor  # [len(Counts)]: sums over the steps done
     all_reduce: tf.Tensor  # seconds that this worker waited for sums over replicas
@@ -70,28 +73,37 @@ def make_train_steps(
     images, counts: per replica [n, b, P, P, 3] uint8 and [n, len(Counts)]; step: number of the first step, int64;
     failed: number of non-finite steps in a row before it. Every step reads `stop`, so a worker that is asked to stop
     does not wait for the end of the call.
+
+    On a GPU no number that a device computes decides which operations run: the host could not queue the next step
+    before the last one has ended. Steps after a stop then run too, and change nothing.
     """
     replica_step = make_replica_step(world, model, optimizer, stop, settings)
     limit = settings.train.nonfinite_limit()
+
+    def goes_on(stopped: tf.Tensor, failed: tf.Tensor) -> tf.Tensor:
+        return ~stopped & (failed < limit)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def train_steps(images: Any, counts: Any, step: tf.Tensor, failed: tf.Tensor) -> Steps:
         num_steps = tf.shape(world.first(images))[0]
 
-        def should_continue(*before: tf.Tensor) -> tf.Tensor:
-            before = Steps(*before)
-            return (before.done < num_steps) & ~before.stopped & (before.failed < limit)
+        def should_continue(index: tf.Tensor, before: Steps) -> tf.Tensor:
+            if world.device_kind == "GPU":
+                return index < num_steps
+            return (index < num_steps) & goes_on(before.stopped, before.failed)
 
-        def take_step(*before: tf.Tensor) -> Steps:
-            before = Steps(*before)
-            now = step + tf.cast(before.done, tf.int64)
-            results = world.strategy.run(replica_step, (images, counts, before.done, now))
+        def take_step(index: tf.Tensor, before: Steps) -> tuple[tf.Tensor, Steps]:
+            is_active = goes_on(before.stopped, before.failed)
+            with tf.device("CPU:0"):  # the noise's seeds are computed from it, in the host's memory
+                now = step + tf.cast(index, tf.int64)
+            results = world.strategy.run(replica_step, (images, counts, index, now, is_active))
             result = StepResult(*(world.first(value) for value in results))
-            failed = tf.where(result.stopped, before.failed, tf.where(result.failed, before.failed + 1, 0))
-            is_done = ~result.stopped & (failed < limit)
-            return Steps(
-                before.done + tf.cast(is_done, tf.int32),
-                result.stopped,
+            failed = tf.where(result.failed, before.failed + 1.0, 0.0)
+            failed = tf.where(is_active & ~result.stopped, failed, before.failed)
+            is_done = is_active & ~result.stopped & (failed < limit)
+            return index + 1, Steps(
+                before.done + tf.cast(is_done, tf.float32),
+                before.stopped | result.stopped,
                 failed,
                 tf.where(is_done & ~result.failed, before.metrics + result.metrics, before.metrics),
                 tf.where(is_done, before.counts + result.counts, before.counts),
@@ -99,7 +111,8 @@ def make_train_steps(
             )
 
         zeros = tf.zeros(len(SUMMED)), tf.zeros(len(Counts._fields)), tf.constant(0.0, tf.float64)
-        return tf.while_loop(should_continue, take_step, Steps(tf.constant(0), tf.constant(False), failed, *zeros))
+        before = Steps(tf.constant(0.0), tf.constant(False), tf.cast(failed, tf.float32), *zeros)
+        return tf.while_loop(should_continue, take_step, (tf.constant(0), before))[1]
 
     return train_steps
 
@@ -107,40 +120,67 @@ def make_train_steps(
 def make_replica_step(
     world: World, model: ScaleHyperprior, optimizer: Optimizer, stop: tf.Variable, settings: Config
 ) -> Callable[..., StepResult]:
-    """Makes f(images, counts, index, step): a step on part `index` of a replica's input, inside the replica."""
+    """Makes f(images, counts, index, step, is_active): a step on part `index` of a replica's input, inside the replica.
+
+    If not `is_active`, the step changes nothing.
+    """
     forward_backward = make_forward_backward(world, model, settings)
 
-    def replica_step(images: tf.Tensor, counts: tf.Tensor, index: tf.Tensor, step: tf.Tensor) -> StepResult:
+    def replica_step(
+        images: tf.Tensor, counts: tf.Tensor, index: tf.Tensor, step: tf.Tensor, is_active: tf.Tensor
+    ) -> StepResult:
         context = tf.distribute.get_replica_context()
-        first = tf.cast(context.replica_id_in_sync_group, tf.int64) * world.replica_batch
-        own_lanes = first + tf.range(world.replica_batch, dtype=tf.int64)
+        with tf.device("CPU:0"):
+            first = tf.cast(context.replica_id_in_sync_group, tf.int64) * world.replica_batch
+            own_lanes = tf.range(first, first + world.replica_batch)
         scale = tf.identity(optimizer.loss_scale)
         gradients, metrics = forward_backward(images[index], step, own_lanes, scale)
-        # Inlining the call drops control dependencies on the call, but not those on its values.
-        gradients = [tf.identity(gradient) for gradient in gradients]
-        with tf.control_dependencies([*gradients, metrics]):
-            began, asked_to_stop = tf.timestamp(), stop.read_value()
-        own_numbers = tf.concat([metrics, asked_to_stop[None], counts[index]], axis=0)
-        *gradients, numbers = context.all_reduce("SUM", [*gradients, own_numbers])
-        with tf.control_dependencies([*gradients, numbers]):
-            waited = tf.timestamp() - began
-        metrics, stops, counts = tf.split(numbers, [len(MEASURED), 1, len(Counts._fields)])
-        stopped, loss = stops[0] > 0, metrics[MEASURED.index("loss")]
-        gradients = [gradient / scale for gradient in gradients]
-        norm = tf.linalg.global_norm(gradients)
+        # The stop is read as late as possible. Inlining a call drops control dependencies on the call itself, but not
+        # those on its values. Backpropagation ends with the first variable, of g_a's first layer.
+        gradients[0], metrics = tf.identity(gradients[0]), tf.identity(metrics)
+        with tf.control_dependencies([gradients[0], metrics]):
+            asked_to_stop = stop.read_value()
+        own_numbers = tf.concat([metrics, asked_to_stop[None], tf.gather(counts, index)], axis=0)
+        *gradients, numbers, waited = sum_over_replicas(world, [*gradients, own_numbers])
+        numbers = tf.unstack(numbers)
+        metrics, stops, counts = numbers[: len(MEASURED)], numbers[len(MEASURED)], numbers[len(MEASURED) + 1 :]
+        stopped, loss = stops > 0.0, metrics[MEASURED.index("loss")]
+        norm = tf.linalg.global_norm(gradients) / scale
         is_finite = tf.math.is_finite(norm) & tf.math.is_finite(loss)
+        factor = 1.0 / scale
         if settings.train.clip_norm:
-            factor = settings.train.clip_norm / tf.maximum(norm, settings.train.clip_norm)
+            factor *= settings.train.clip_norm / tf.maximum(norm, settings.train.clip_norm)
+        if settings.train.clip_norm or optimizer.loss_scaling:
             gradients = [gradient * factor for gradient in gradients]
-        optimizer.apply(gradients, is_finite, stopped, step)
         failed = ~is_finite
         if optimizer.loss_scaling:
             # In float16 an overflow means that the loss scale is too high. It is a failure only at a scale below 1.
             failed = ~tf.math.is_finite(loss) | (~is_finite & (scale < 1.0))
             norm = tf.where(is_finite, norm, 0.0)
-        return StepResult(stopped, failed, tf.concat([metrics, norm[None], [1.0]], axis=0), counts, waited)
+        optimizer.apply(gradients, is_finite, stopped | failed | ~is_active, step)
+        return StepResult(stopped, failed, tf.stack([*metrics, norm, 1.0]), tf.stack(counts), waited)
 
     return replica_step
+
+
+def sum_over_replicas(world: World, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+    """The sums of `tensors` over all replicas, then the seconds that they took, float64.
+
+    On a GPU the seconds are 0: the host would read its clock before the devices have done the work.
+    """
+    no_seconds = tf.constant(0.0, tf.float64)
+    if world.replicas == 1:
+        return [*tensors, no_seconds]
+    all_reduce = tf.distribute.get_replica_context().all_reduce
+    if world.device_kind == "GPU":
+        return [*all_reduce("SUM", tensors), no_seconds]
+    tensors = [tf.identity(tensor) for tensor in tensors]  # as above, for control dependencies
+    with tf.control_dependencies(tensors):
+        began = tf.timestamp()
+    with tf.control_dependencies([began]):
+        sums = all_reduce("SUM", [tf.identity(tensor) for tensor in tensors])
+    with tf.control_dependencies(sums):
+        return [*sums, tf.timestamp() - began]
 
 
 def make_forward_backward(world: World, model: ScaleHyperprior, settings: Config) -> Callable[..., Any]:
@@ -161,7 +201,7 @@ def make_forward_backward(world: World, model: ScaleHyperprior, settings: Config
             out = model.train(x, noise_y, noise_z, settings.train.proxy)
             values = measure(x, out.x_hat, out.bits_y, out.bits_z, settings.loss)
             # Divided by the global batch size: the sum over replicas is then the mean over the global batch.
-            objective = tf.reduce_sum(values["loss"]) / batch * scale
+            objective = tf.reduce_sum(values["loss"]) * (scale / batch)
         gradients = tape.gradient(objective, variables)
         return gradients, tf.reduce_sum(tf.stack([values[name] for name in MEASURED]), axis=1) / batch
 

@@ -52,7 +52,10 @@ def test_psnr_and_lagrangian_equal_their_closed_forms() -> None:
     np.testing.assert_allclose(metrics.mse(x, y), [0.01, 0.25], rtol=1e-6)
     np.testing.assert_allclose(metrics.psnr_db(metrics.mse(x, y)), [20.0, -10 * math.log10(0.25)], rtol=1e-6)
     np.testing.assert_allclose(metrics.psnr_db(tf.constant(0.0)), 100.0, rtol=1e-6)
-    bpp = metrics.bits_per_pixel(tf.constant([4096.0, 8192.0]), 64, 64)
+    bits = tf.constant([4096.0, 8192.0])
+    values = metrics.measure(x, y, bits, 2.0 * bits, config.Loss())
+    np.testing.assert_allclose((values["bpp_y"], values["bpp_z"]), [[1.0, 2.0], [2.0, 4.0]])
+    bpp = values["bpp_y"]
     np.testing.assert_allclose(
         quality.lagrangian(bpp, tf.constant([0.01, 0.01]), 0.013, "mse"), 65025 * 0.00013 + bpp, rtol=1e-6
     )
