@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Without TensorFlow, tests/codec leaves these out: they train a model, or compute with TensorFlow.
+collect_ignore = [] if find_spec("tensorflow") else ["codec/test_files.py", "codec/test_search.py"]
+
+
+def pytest_report_header() -> str:
+    return f"without TensorFlow, so without {' and '.join(collect_ignore)}" if collect_ignore else ""
+
 
 # A model and patches so small that a run takes seconds.
 TINY = [

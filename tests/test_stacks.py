@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,34 @@ def test_a_run_goes_on_under_every_other_stack_with_the_same_samples(folder: Pat
     assert state["run"]["cursors"] == other["run"]["cursors"] and alone.keys() == passed_on.keys()
     losses = [[row["loss"] for row in workers.lines(folder / name, "train")] for name in ("alone", "passed on")]
     np.testing.assert_allclose(*losses, rtol=0.01)
+
+
+def test_the_codec_works_without_tensorflow(tmp_path: Path) -> None:
+    """The two lines of the README, and then what the codec's tests need."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    lines = re.search("^pip install (numpy .*)\npip install (--no-deps -e .)$", (clone / "README.md").read_text(), re.M)
+    assert lines
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "light"], check=True)
+    python, command = tmp_path / "light/bin/python", tmp_path / "light/bin/hyperprior"
+    for words in (*lines.groups(), "pytest hypothesis scipy matplotlib bjontegaard"):
+        run(clone, python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words.split())
+    run(tmp_path, python, "-c", "import importlib.util as u; assert not u.find_spec('tensorflow')")
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        photo(i, 200, 150).save(tmp_path / "photos" / f"{i}.png")
+    run(tmp_path, command, "compress", "photos/0.png", "--quality", 3, "-o", "0.hyp")
+    run(tmp_path, command, "decompress", "0.hyp", "-o", "back.png")
+    assert json.loads(run(tmp_path, command, "info", "0.hyp", "--json"))["width"] == 200
+    run(tmp_path, python, "-c", "import hyperprior.pillow; from PIL import Image; Image.open('0.hyp').load()")
+    evaluate = ["evaluate", "q1", "q3", "--images", "photos", "--out", "results", "--baselines", "jpeg,webp"]
+    run(tmp_path, command, *evaluate)
+    assert (tmp_path / "results/report.html").is_file()
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    refused = subprocess.run([command, *TRAIN], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2 and "this needs TensorFlow, which is not installed" in refused.stderr
+    tests = run(clone, python, "-m", "pytest", "tests/codec")
+    assert "without TensorFlow, so without codec/test_files.py and codec/test_search.py" in tests and " passed" in tests
 
 
 def train(folder: Path, commands: Path, name: str, steps: int) -> str:
