@@ -141,29 +141,31 @@ def with_prefix(prefix: str, arrays: Arrays) -> Arrays:
 
 
 def assign_arrays(variables: dict[str, Any], arrays: Arrays, origin: str) -> None:
-    """Assigns each array to the TensorFlow variable of the same name.
-
-    Raises ConfigError before it assigns anything. The error names the first entry that is missing, unexpected or of
-    another shape, with the expected shape and the array's shape.
-    """
+    """Assigns each array to the TensorFlow variable of the same name, after `check_arrays`."""
+    check_arrays({name: tuple(variable.shape) for name, variable in variables.items()}, arrays, origin)
     for name, variable in variables.items():
+        variable.assign(arrays[name])
+
+
+def check_arrays(shapes: dict[str, tuple[int, ...]], arrays: Arrays, origin: str) -> None:
+    """Raises ConfigError unless the arrays have these names and shapes. The error names the first one that is missing,
+    unexpected or of another shape, with the expected shape and the array's shape."""
+    for name, shape in shapes.items():
         if name not in arrays:
             raise ConfigError(
-                f"{origin} has no `{name}` {tuple(variable.shape)}; it holds another model or optimizer: "
+                f"{origin} has no `{name}` {shape}; it holds another model or optimizer: "
                 f"copy its keys of `model` and `train` into this config"
             )
-        if tuple(variable.shape) != arrays[name].shape:
+        if shape != arrays[name].shape:
             raise ConfigError(
-                f"{origin}: `{name}` has shape {arrays[name].shape}; this config expects "
-                f"{tuple(variable.shape)}: copy that run's keys of `model` into this config"
+                f"{origin}: `{name}` has shape {arrays[name].shape}; this config expects {shape}: "
+                f"copy that run's keys of `model` into this config"
             )
-    if extra := sorted(arrays.keys() - variables.keys()):
+    if extra := sorted(arrays.keys() - shapes.keys()):
         raise ConfigError(
             f"{origin} holds `{extra[0]}`, which this config's model or optimizer does not have: "
             f"copy that run's keys of `model` and `train` into this config"
         )
-    for name, variable in variables.items():
-        variable.assign(arrays[name])
 
 
 def fingerprint(arrays: Arrays) -> str:

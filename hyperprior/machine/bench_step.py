@@ -110,7 +110,7 @@ def time_layer(layer: LayerWork, world: World, repeats: int) -> dict[str, Any]:
 
     @tf.function(autograph=False)
     def forward_and_backward() -> Any:
-        weights = [variable for _, variable in transforms.named_variables(layer.call)]
+        weights = [owner[key] for _, (owner, key) in transforms.places_of_variables(layer.call)]
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer.call(x)
@@ -155,12 +155,12 @@ def time_entropy_model(model: ScaleHyperprior, world: World, side: int, repeats:
 
 def time_optimizer(optimizer: Optimizer, repeats: int) -> float:
     """Seconds for the norm of the gradients, clipping, and Adam."""
-    gradients = [tf.random.normal(v.shape) * 1e-6 for v in optimizer.variables_by_name.values()]
+    gradient = tf.random.normal(optimizer.weights.shape) * 1e-6
 
     @tf.function(autograph=False)
     def apply() -> Any:
-        factor = 1.0 / tf.maximum(tf.linalg.global_norm(gradients), 1.0)
-        optimizer.apply([g * factor for g in gradients], tf.constant(True), tf.constant(False), tf.constant(0))
+        factor = 1.0 / tf.maximum(tf.linalg.global_norm([gradient]), 1.0)
+        optimizer.apply(gradient * factor, tf.constant(True), tf.constant(False), tf.constant(0))
         return optimizer.updates.read_value()
 
     return time_call(apply, repeats).median

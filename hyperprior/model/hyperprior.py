@@ -16,7 +16,9 @@ prior.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ from hyperprior import config
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.model import architecture, densities, priors
 from hyperprior.model.bounds import lower_bound, upper_bound
-from hyperprior.model.transforms import Transform, named_variables
+from hyperprior.model.transforms import Place, Transform, places_of_variables
 
 
 class Forward(NamedTuple):
@@ -59,8 +61,23 @@ class ScaleHyperprior(tf.Module):
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every variable under a stable name such as `g_a/0/kernel` or `prior/matrix_0`."""
-        named = {path.lstrip("/"): variable for path, variable in named_variables(self)}
-        return {**named, **{f"prior/{name}": variable for name, variable in self.prior.parameters.items()}}
+        return {name: owner[key] for name, (owner, key) in self._places().items()}
+
+    @contextlib.contextmanager
+    def computing_with(self, values: dict[str, tf.Tensor]) -> Iterator[None]:
+        """Inside this context the model computes with these tensors in place of its variables."""
+        places, variables = self._places(), self.named_variables()
+        try:
+            for name, (owner, key) in places.items():
+                owner[key] = values[name]
+            yield
+        finally:
+            for name, (owner, key) in places.items():
+                owner[key] = variables[name]
+
+    def _places(self) -> dict[str, Place]:
+        places = {path.lstrip("/"): place for path, place in places_of_variables(self)}
+        return {**places, **{f"prior/{name}": Place(self.prior.parameters, name) for name in self.prior.parameters}}
 
     def latent_shapes(self, height: int | tf.Tensor, width: int | tf.Tensor) -> tuple[tuple, tuple]:
         """The shapes of one image's y and z, for sides that are multiples of 64."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -30,18 +30,25 @@ class Transform(tf.Module):
         return tf.cast(x, tf.float32)
 
 
-def named_variables(module: Any, prefix: str = "") -> Iterator[tuple[str, tf.Variable]]:
-    """(path, variable) of a module of this package. Paths depend only on attribute names and the order of layers."""
+class Place(NamedTuple):
+    """Where a module holds a variable: `owner[key]`, such as the `kernel` among a layer's attributes."""
+
+    owner: dict[str, Any]
+    key: str
+
+
+def places_of_variables(module: Any, prefix: str = "") -> Iterator[tuple[str, Place]]:
+    """(path, place) of each variable. Paths depend only on attribute names and the order of layers."""
     for name, value in sorted(vars(module).items()):
         if name.startswith("_"):
             continue
         path = f"{prefix}/{name}"
         if isinstance(value, NonNegative):
-            yield path, value.variable
+            yield path, Place(value.__dict__, "variable")
         elif isinstance(value, tf.Variable):
-            yield path, value
+            yield path, Place(vars(module), name)
         elif isinstance(value, tf.Module):
-            yield from named_variables(value, path)
+            yield from places_of_variables(value, path)
         elif name == "layers":
             for index, layer in enumerate(value):
-                yield from named_variables(layer, f"{prefix}/{index}")
+                yield from places_of_variables(layer, f"{prefix}/{index}")

@@ -4,7 +4,7 @@ Read in this order:
 
     loop         the job: resume, train, validate, save checkpoints, stop, and measure the result
     steps        the graph: n training steps in one call
-    optimizer    Adam, its learning rate, and the moving average of the weights
+    optimizer    the weights in training: Adam, its learning rate, and the moving average
     distribute   devices and workers: lanes of the batch, sums over workers, checks that workers agree
     stop         stop requests: signals, and the flag that every step reads
     timetable    the length of a run, and the steps at which something is due

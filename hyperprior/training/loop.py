@@ -105,14 +105,10 @@ class Trainer:
             stop.flag = tf.Variable(0.0, trainable=False)
         set_weights = self.keep_weights if saved else self.set_start_weights
         self.model, self.optimizer = build_model(world, settings, self.timetable.total, set_weights)
-        self.variables = {
-            **{f"model/{name}": v for name, v in self.model.named_variables().items()},
-            **{f"optimizer/{name}": v for name, v in self.optimizer.named_variables().items()},
-        }
         self.state = saved.state if saved else State([Cursor()] * world.batch_size)
         if saved:
             origin = str(self.checkpoints)
-            world.on_every_worker(lambda: storage.assign_arrays(self.variables, saved.arrays, origin))
+            world.on_every_worker(lambda: self.optimizer.assign(saved.arrays, origin))
             resume.forget_lost_best(self.checkpoints, self.state.best, terminal.warn)
             world.check_same({"best step": self.state.best.step})
         self.evaluator = Evaluator(world, self.model, settings, stop)
@@ -236,34 +232,32 @@ class Trainer:
         """Validates, saves new best weights and counts patience. Returns False if a stop interrupted it."""
         state = self.state
         began = time.perf_counter()
-        with self.optimizer.averaged_weights():
-            values = self.evaluator.compute_means(self.splits.val, self.progress.report_skip)
-            if values is None:
-                return False
-            state.validated_step = state.step
-            if state.best.update(values["loss"], state.step):
-                self.world.on_every_worker(self.write_best)
+        self.optimizer.publish()
+        values = self.evaluator.compute_means(self.splits.val, self.progress.report_skip)
+        if values is None:
+            return False
+        state.validated_step = state.step
+        if state.best.update(values["loss"], state.step):
+            self.world.on_every_worker(self.write_best)
         self.progress.report_validation(values, time.perf_counter() - began, track)
         return True
 
     def evaluate(self) -> dict[str, Any]:
         """Measures the weights with the best validation loss, or else the last ones, on the test split."""
         best, step = self.state.best, self.state.step
-        weights: contextlib.AbstractContextManager[None] = self.optimizer.averaged_weights()
+        self.optimizer.publish()
         if best.loss is not None:
             try:
                 arrays = checkpoint.load_best(self.checkpoints, best.step)
             except ValueError as error:
                 self.terminal.warn(f"{error}; the result is from the last weights instead of the best")
             else:
-                variables = {f"model/{name}": v for name, v in self.model.named_variables().items()}
-                storage.assign_arrays(variables, arrays, str(checkpoint.best_path(self.checkpoints)))
-                step, weights = best.step, contextlib.nullcontext()
+                storage.assign_arrays(self.model_variables(), arrays, str(checkpoint.best_path(self.checkpoints)))
+                step = best.step
         self.world.check_same({"step of the best weights": step})
         values: Optional[dict[str, float]] = {}
         if self.splits.test.images:
-            with weights:
-                values = self.evaluator.compute_means(self.splits.test, self.progress.report_skip)
+            values = self.evaluator.compute_means(self.splits.test, self.progress.report_skip)
         if values is None:
             self.raise_stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
         return {
@@ -314,15 +308,17 @@ class Trainer:
             "version": __version__,
         }
         path = checkpoint.path_of(self.checkpoints, self.state.step)
-        checkpoint.save(path, values_of(self.variables), state)
+        checkpoint.save(path, self.optimizer.arrays(), state)
         checkpoint.keep_last(self.checkpoints, self.settings.train.keep_checkpoints)
 
     def write_best(self) -> None:
         if self.world.is_chief:
             best = self.state.best
             state = {"step": best.step, "loss": best.loss, "config": self.settings.to_dict()}
-            variables = {name: variable for name, variable in self.variables.items() if name.startswith("model/")}
-            checkpoint.save(checkpoint.best_path(self.checkpoints), values_of(variables), state)
+            checkpoint.save(checkpoint.best_path(self.checkpoints), values_of(self.model_variables()), state)
+
+    def model_variables(self) -> dict[str, tf.Variable]:
+        return {f"model/{name}": variable for name, variable in self.model.named_variables().items()}
 
     def write_file(self, name: str, text: str) -> None:
         """Writes a file of the run on the chief. If that fails, all workers raise the error."""

@@ -118,8 +118,8 @@ class Progress:
         if not self.world.is_chief or not self.pictures.count:
             return
         began = time.perf_counter()
-        with optimizer.averaged_weights():
-            self.pictures.show(self.report, self.state.step, self.state.course)
+        optimizer.publish()
+        self.pictures.show(self.report, self.state.step, self.state.course)
         self.began += time.perf_counter() - began
 
     # The profiler -----------------------------------------------------------------------------------------

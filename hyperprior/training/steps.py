@@ -124,7 +124,7 @@ def make_replica_step(
 
     If not `is_active`, the step changes nothing.
     """
-    forward_backward = make_forward_backward(world, model, settings)
+    forward_backward = make_forward_backward(world, model, optimizer, settings)
 
     def replica_step(
         images: tf.Tensor, counts: tf.Tensor, index: tf.Tensor, step: tf.Tensor, is_active: tf.Tensor
@@ -134,30 +134,28 @@ def make_replica_step(
             first = tf.cast(context.replica_id_in_sync_group, tf.int64) * world.replica_batch
             own_lanes = tf.range(first, first + world.replica_batch)
         scale = tf.identity(optimizer.loss_scale)
-        gradients, metrics = forward_backward(images[index], step, own_lanes, scale)
+        gradient, metrics = forward_backward(optimizer.weights.read_value(), images[index], step, own_lanes, scale)
         # The stop is read as late as possible. Inlining a call drops control dependencies on the call itself, but not
-        # those on its values. Backpropagation ends with the first variable, of g_a's first layer.
-        gradients[0], metrics = tf.identity(gradients[0]), tf.identity(metrics)
-        with tf.control_dependencies([gradients[0], metrics]):
+        # those on its values.
+        gradient, metrics = tf.identity(gradient), tf.identity(metrics)
+        with tf.control_dependencies([gradient, metrics]):
             asked_to_stop = stop.read_value()
         own_numbers = tf.concat([metrics, asked_to_stop[None], tf.gather(counts, index)], axis=0)
-        *gradients, numbers, waited = sum_over_replicas(world, [*gradients, own_numbers])
+        gradient, numbers, waited = sum_over_replicas(world, [gradient, own_numbers])
         numbers = tf.unstack(numbers)
         metrics, stops, counts = numbers[: len(MEASURED)], numbers[len(MEASURED)], numbers[len(MEASURED) + 1 :]
         stopped, loss = stops > 0.0, metrics[MEASURED.index("loss")]
-        norm = tf.linalg.global_norm(gradients) / scale
+        norm = tf.linalg.global_norm([gradient]) / scale
         is_finite = tf.math.is_finite(norm) & tf.math.is_finite(loss)
         factor = 1.0 / scale
         if settings.train.clip_norm:
             factor *= settings.train.clip_norm / tf.maximum(norm, settings.train.clip_norm)
-        if settings.train.clip_norm or optimizer.loss_scaling:
-            gradients = [gradient * factor for gradient in gradients]
         failed = ~is_finite
         if optimizer.loss_scaling:
             # In float16 an overflow means that the loss scale is too high. It is a failure only at a scale below 1.
             failed = ~tf.math.is_finite(loss) | (~is_finite & (scale < 1.0))
             norm = tf.where(is_finite, norm, 0.0)
-        optimizer.apply(gradients, is_finite, stopped | failed | ~is_active, step)
+        optimizer.apply(gradient * factor, is_finite, stopped | failed | ~is_active, step)
         return StepResult(stopped, failed, tf.stack([*metrics, norm, 1.0]), tf.stack(counts), waited)
 
     return replica_step
@@ -183,26 +181,36 @@ def sum_over_replicas(world: World, tensors: list[tf.Tensor]) -> list[tf.Tensor]
         return [*sums, tf.timestamp() - began]
 
 
-def make_forward_backward(world: World, model: ScaleHyperprior, settings: Config) -> Callable[..., Any]:
-    """Makes f(images [b, P, P, 3] uint8, step, lanes [b], loss scale) → (gradients of this replica's part of the mean
-    loss, its part of the means of MEASURED)."""
-    variables = list(model.named_variables().values())
+def make_forward_backward(world: World, model: ScaleHyperprior, optimizer: Optimizer, settings: Config) -> Any:
+    """Makes f(weights, images [b, P, P, 3] uint8, step, lanes [b], loss scale) → (gradient of this replica's part of
+    the mean loss, its part of the means of MEASURED). Weights and gradient are vectors, as in the optimizer.
+
+    It is traced here once for all replicas: it reads no variables, of which each replica has its own.
+    """
     side, batch = settings.data.patch_size, world.batch_size
     shape_y, shape_z = model.latent_shapes(side, side)
     seed_y, seed_z = (draw(settings.seed, "noise", latent) >> 2 for latent in "yz")
 
     # No autograph: it reads source files at a function's first call, which may be hours after the start.
     @tf.function(jit_compile=settings.train.xla, autograph=False)
-    def forward_backward(images: tf.Tensor, step: tf.Tensor, own_lanes: tf.Tensor, scale: tf.Tensor) -> Any:
+    def forward_backward(
+        vector: tf.Tensor, images: tf.Tensor, step: tf.Tensor, own_lanes: tf.Tensor, scale: tf.Tensor
+    ) -> Any:
         x = tf.cast(images, tf.float32) / 255.0
         noise_y = priors.uniform_noise(shape_y, seed_y, step, own_lanes)
         noise_z = priors.uniform_noise(shape_z, seed_z, step, own_lanes)
-        with tf.GradientTape() as tape:
+        weights = optimizer.split(vector)
+        with model.computing_with(weights), tf.GradientTape() as tape:
+            tape.watch(weights)
             out = model.train(x, noise_y, noise_z, settings.train.proxy)
             values = measure(x, out.x_hat, out.bits_y, out.bits_z, settings.loss)
             # Divided by the global batch size: the sum over replicas is then the mean over the global batch.
             objective = tf.reduce_sum(values["loss"]) * (scale / batch)
-        gradients = tape.gradient(objective, variables)
-        return gradients, tf.reduce_sum(tf.stack([values[name] for name in MEASURED]), axis=1) / batch
+        gradient = optimizer.join(tape.gradient(objective, list(weights.values())))
+        return gradient, tf.reduce_sum(tf.stack([values[name] for name in MEASURED]), axis=1) / batch
 
-    return forward_backward
+    images = tf.TensorSpec((world.replica_batch, side, side, 3), tf.uint8)
+    step, lanes = tf.TensorSpec((), tf.int64), tf.TensorSpec((world.replica_batch,), tf.int64)
+    return forward_backward.get_concrete_function(
+        tf.TensorSpec(optimizer.weights.shape), images, step, lanes, tf.TensorSpec(())
+    )
