@@ -7,6 +7,7 @@ config, environment) is JSON.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -16,7 +17,6 @@ from hyperprior.errors import ConfigError
 from hyperprior.storage import Arrays, TrainedWeights, load_arrays, save_arrays, with_prefix
 
 FORMAT = 1
-PATTERN = "step-*.npz"
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -24,8 +24,10 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in `folder`, in ascending order."""
-    return sorted(int(path.stem.split("-")[1]) for path in folder.glob(PATTERN))
+    """The steps of the checkpoints in `folder`, in ascending order. Other files, such as copies, are not counted."""
+    names = {path.name for path in folder.glob("step-*.npz")}
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]+)\.npz", name))]
+    return sorted(step for step in numbers if path_of(folder, step).name in names)
 
 
 def best_path(folder: Path) -> Path:
@@ -39,9 +41,9 @@ def save(path: Path, arrays: Arrays, state: dict[str, Any]) -> None:
 
 def keep_last(folder: Path, count: int) -> None:
     """Deletes all but the newest `count` checkpoints. The best weights stay."""
-    for path in sorted(folder.glob(PATTERN))[:-count]:
+    for step in steps_in(folder)[:-count]:
         with contextlib.suppress(OSError):
-            path.unlink()
+            path_of(folder, step).unlink()
 
 
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[Arrays, dict[str, Any]]]:
@@ -49,14 +51,14 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[Arr
 
     Raises ConfigError if all checkpoints are damaged, because a new start would hide the loss.
     """
-    paths = sorted(folder.glob(PATTERN), reverse=True)
-    for path in paths:
+    steps = steps_in(folder)
+    for step in reversed(steps):
         try:
-            return load_arrays(path, FORMAT)
+            return load_arrays(path_of(folder, step), FORMAT)
         except ValueError as error:
             warn(f"{error}; using the checkpoint before it")
-    if paths:
-        raise ConfigError(f"none of the {len(paths)} checkpoints in {folder} is intact; move them away for a new run")
+    if steps:
+        raise ConfigError(f"none of the {len(steps)} checkpoints in {folder} is intact; move them away for a new run")
     return None
 
 

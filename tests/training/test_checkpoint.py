@@ -54,6 +54,20 @@ def test_damage_to_the_newest_checkpoint_is_detected_and_the_one_before_is_used(
     assert detected >= 30
 
 
+def test_only_names_that_a_run_writes_are_read_counted_and_deleted(tmp_path: Path) -> None:
+    fill(tmp_path, 5, 10, 15, 20)
+    whole = checkpoint.path_of(tmp_path, 15).read_bytes()
+    others = ["step-good.npz", "step-000000005-good.npz", "step-000000005 (copy).npz", "step-000000030.npz.bak"]
+    others += ["step-30.npz", "step-0000000030.npz", "step-+00000030.npz", "step-٠٠٠٠٠٠٠٣٠.npz", "Step-000000030.npz"]
+    for name in others:
+        (tmp_path / name).write_bytes(whole)
+    assert checkpoint.steps_in(tmp_path) == [5, 10, 15, 20]
+    loaded = checkpoint.load_newest(tmp_path, pytest.fail)
+    assert loaded is not None and loaded[1]["step"] == 20
+    checkpoint.keep_last(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "step-000000015.npz", "step-000000020.npz"])
+
+
 def test_a_folder_with_only_damaged_checkpoints_raises_an_error(tmp_path: Path) -> None:
     assert checkpoint.load_newest(tmp_path, print) is None
     checkpoint.path_of(tmp_path, 1).write_bytes(b"torn")

@@ -145,7 +145,7 @@ def freeze(victims: list[int], run: Path) -> None:
 
 def corrupt(victims: list[int], run: Path) -> None:
     """Damages the newest checkpoint if there is an older one, so that the run can continue, and kills a worker."""
-    checkpoints = sorted((run / "checkpoints").glob(checkpoint.PATTERN))
+    checkpoints = [checkpoint.path_of(run / "checkpoints", step) for step in checkpoint.steps_in(run / "checkpoints")]
     if len(checkpoints) > 1:
         os.truncate(checkpoints[-1], random.randrange(checkpoints[-1].stat().st_size))
     kill(victims, run)
