@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from hyperprior import __version__, stack
-from hyperprior.errors import HyperpriorError
+from hyperprior.errors import ConfigError, HyperpriorError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -466,6 +468,25 @@ def config_command(
         print(settings.render(settings.load_config(config, overrides or [])), end="")
 
 
+def take_local_paths(command: Any) -> Any:
+    """Makes all parameters of the commands refuse URLs, except the sources of data, which may lie behind one."""
+
+    def process(parameter: Any, context: Any, value: Any) -> Any:
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
+                raise ConfigError(
+                    f"`{parameter.name}` is {text.partition('?')[0]}; it must be a local path: copy from or to other "
+                    f"places yourself, or mount them"
+                )
+        return type(parameter).process_value(parameter, context, value)
+
+    for subcommand in command.commands.values():
+        for parameter in subcommand.params:
+            if parameter.metavar not in ("SOURCE", "SECTION.KEY=VALUE"):
+                parameter.process_value = functools.partial(process, parameter)
+    return command
+
+
 def main() -> None:
     """Runs a command. Prints an error meant for the user as one line, and exits with its code."""
     for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack characters of file names
@@ -477,7 +498,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the default would leave half-written files
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        app()
+        take_local_paths(typer.main.get_command(app))()
     except (HyperpriorError, OSError) as error:
         if show_traceback:
             raise

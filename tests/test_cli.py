@@ -14,6 +14,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import TINY, Command, encoded, photo, photos, tar_bytes
 from rich.console import Console
 
@@ -141,6 +142,28 @@ def test_an_error_is_one_line_with_its_exit_code(
     assert message in result.stderr, result.stderr
     assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "r").exists()
+
+
+def test_every_path_of_every_command_is_local(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A bucket would become a folder `gs:` here. Only sources of data may be elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    tried = 0
+    for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        for option in command.params:
+            words = {"run": "--run", "out": "--out", "model": "--model", "cache": "--cache", "images": "--images"}
+            if not (flag := words.get(option.name)) or flag not in option.opts:
+                continue
+            required = ["x"] * sum(other.required and not other.opts[0].startswith("-") for other in command.params)
+            for given in ([flag, "gs://bucket/x?key=1"], [flag + "=s3://bucket/x"]):
+                monkeypatch.setattr(sys, "argv", ["hyperprior", name, *required, *given])
+                with pytest.raises(SystemExit) as ended:
+                    cli.main()
+                error = capsys.readouterr().err
+                assert ended.value.code == 2 and "://bucket/x; it must be a local path" in error, (name, given, error)
+                tried += 1
+    assert tried >= 2 * 15 and list(tmp_path.iterdir()) == []
 
 
 def test_debug_shows_the_traceback(hyperprior: Command, empty_config: Path) -> None:
