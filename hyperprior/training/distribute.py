@@ -24,6 +24,8 @@ from hyperprior.errors import ConfigError, HyperpriorError, LostWorker, find_err
 
 T = TypeVar("T")
 
+TF_CONFIG_KEYS = {"cluster", "task", "environment", "rpc_layer", "job"}  # TensorFlow's, and `job` of Google's clouds
+
 
 class World:
     """The `strategy`, and all values that follow from it. A process makes one before any other use of TensorFlow."""
@@ -211,21 +213,30 @@ def kill_after(seconds: int) -> Iterator[None]:
 
 
 def read_tf_config() -> tuple[list[str], int]:
-    """Reads (addresses of all workers, index of this worker) from TF_CONFIG. Raises ConfigError if it is malformed."""
+    """Reads (addresses of all workers, index of this worker) from TF_CONFIG; ([], 0) if it names no cluster.
+
+    Raises ConfigError for all that is not understood, because each worker would otherwise train alone.
+    """
     text = os.environ.get("TF_CONFIG")
     if not text:
         return [], 0
     try:
         tree = json.loads(text)
-        cluster, task = tree.get("cluster", {}), tree.get("task", {})
+        cluster, task = tree.get("cluster") or {}, tree.get("task")
+        if unknown := [*(tree.keys() - TF_CONFIG_KEYS), *(cluster.keys() - {"chief", "worker"})]:
+            raise ValueError(f"`{unknown[0]}` is unknown; a cluster has a `chief`, `worker`s, or both")
+        for kind, addresses in cluster.items():
+            if not isinstance(addresses, list) or not all(isinstance(address, str) for address in addresses):
+                raise ValueError(f"`cluster.{kind}` must be a list of addresses")
         chiefs, workers = cluster.get("chief", []), cluster.get("worker", [])
         if not chiefs and not workers:
             return [], 0
         index = int(task["index"])
-        if task["type"] not in ("chief", "worker") or not 0 <= index < len(cluster[task["type"]]):
-            raise ConfigError(f"TF_CONFIG's task is {task}; it must be a chief or worker that its cluster lists")
+        if task["type"] not in ("chief", "worker") or not 0 <= index < len(cluster.get(task["type"], [])):
+            raise ValueError(f"its task is {task}, which must be a chief or worker that its cluster lists")
         return [*chiefs, *workers], index + (len(chiefs) if task["type"] == "worker" else 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"TF_CONFIG is {text!r}: it must be JSON with cluster and task, as TensorFlow documents ({error!r})"
+            f"TF_CONFIG is {text!r}: it must be JSON with cluster and task, as TensorFlow documents "
+            f"({error if type(error) is ValueError else repr(error)})"
         ) from error
