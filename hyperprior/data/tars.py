@@ -209,5 +209,7 @@ def stream_images(url: str) -> Iterator[tuple[str, bytes]]:
                 pass
             if counting.last_nonzero > end or counting.count < end + BLOCK:
                 raise make_damage_error(url, f"it is not a tar from byte {end} of {counting.count} on")
+    except ModuleNotFoundError as error:
+        raise DataError(f"{url} needs {error.name}, which is not installed: `pip install {error.name}`") from error
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
         raise DataError(f"{url} cannot be read as a tar: {error}") from error

@@ -284,6 +284,14 @@ def test_a_url_gives_the_samples_of_the_file_in_the_same_shuffled_order(served: 
     assert walk(f"{served}/flat.tar") == walk(str(flat_tar))
 
 
+def test_a_url_whose_reader_is_not_installed_is_an_error_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # its import then fails, whether it is installed or not
+    with pytest.raises(DataError, match="^hf://a/b.tar needs huggingface_hub, which is not installed: `pip install"):
+        keys(open_sources(["hf://a/b.tar"], "x"))
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_url_is_an_error_by_name(served: str, tmp_path: Path, how: str) -> None:
     (tmp_path / "bad.tar").write_bytes(damaged(tar_bytes(photos(8)), how))
