@@ -71,11 +71,11 @@ def make_train_steps(
     """Makes f(images, counts, step, failed). All workers must call it with the same n.
 
     images, counts: per replica [n, b, P, P, 3] uint8 and [n, len(Counts)]; step: number of the first step, int64;
-    failed: number of non-finite steps in a row before it. Every step reads `stop`, so a worker that is asked to stop
-    does not wait for the end of the call.
+    failed: number of non-finite steps in a row before it.
 
-    On a GPU no number that a device computes decides which operations run: the host could not queue the next step
-    before the last one has ended. Steps after a stop then run too, and change nothing.
+    Every step reads `stop`. On a CPU a stop ends the call. On a GPU no number that a device computes decides which
+    operations run, because the host could not queue the next step before the last one has ended: there the steps after
+    a stop run too, and change nothing.
     """
     replica_step = make_replica_step(world, model, optimizer, stop, settings)
     limit = settings.train.nonfinite_limit()
