@@ -134,7 +134,7 @@ class Optimizer(tf.Module):
         for name, variable in self._scalars().items():
             variable.assign(arrays[f"optimizer/{name}"])
         for prefix, vector in self._vectors().items():
-            vector.assign(np.concatenate([arrays[f"{prefix}/{name}"].ravel() for name in self.shapes]))
+            vector.assign(self.join([arrays[f"{prefix}/{name}"] for name in self.shapes]))
         self.publish()
 
     def _scalars(self) -> dict[str, tf.Variable]:
@@ -145,9 +145,7 @@ class Optimizer(tf.Module):
         return vectors if self.average is None else {**vectors, "optimizer/average": self.average}
 
     def _cut(self, vector: tf.Variable) -> Arrays:
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
-        parts = np.split(vector.numpy(), ends[:-1])
-        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+        return {name: part.numpy() for name, part in self.split(vector.numpy()).items()}
 
 
 def assign_locally(variable: tf.Variable, value: tf.Tensor) -> None:

@@ -172,7 +172,6 @@ def sum_over_replicas(world: World, tensors: list[tf.Tensor]) -> list[tf.Tensor]
     all_reduce = tf.distribute.get_replica_context().all_reduce
     if world.device_kind == "GPU":
         return [*all_reduce("SUM", tensors), no_seconds]
-    tensors = [tf.identity(tensor) for tensor in tensors]  # as above, for control dependencies
     with tf.control_dependencies(tensors):
         began = tf.timestamp()
     with tf.control_dependencies([began]):
