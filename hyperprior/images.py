@@ -6,16 +6,20 @@ flattened onto white, as a viewer shows it. Photographs to compress are turned u
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from PIL import Image
+
+from hyperprior import stack
 
 TRAINING_FORMATS = ("PNG", "BMP", "TIFF", "JPEG")  # Pillow's names
 TRAINING_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"))
@@ -152,7 +156,11 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-# JPEG with TensorFlow, which decodes in many threads and can decode only a window -------------------------
+# JPEG with TensorFlow, which can decode only a window -----------------------------------------------------
+#
+# A call takes many images: it runs in the calling thread, one operation an image, without Python's lock.
+
+Window = tuple[int, int, int, int]  # top, left, height, width
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -161,29 +169,59 @@ def is_jpeg(data: bytes) -> bool:
 
 def read_jpeg_size(data: bytes) -> tuple[int, int]:
     """(height, width) from the frame header, without decoding. Raises Unusable."""
-    import tensorflow as tf
-
-    try:
-        with tf.device("cpu:0"):
-            height, width, _ = map(int, tf.image.extract_jpeg_shape(data))
-    except tf.errors.InvalidArgumentError as error:
-        raise Unusable("a corrupt or truncated JPEG") from error
+    height, width = read_jpeg_sizes([data])[0]
     if not 0 < height * width <= MAX_PIXELS:
-        raise Unusable(f"a JPEG of {width}x{height} pixels")
+        raise Unusable(f"a JPEG of {width}x{height} pixels; at most {MAX_PIXELS:,} are read")
     return height, width
 
 
-def decode_jpeg(data: bytes, window: Optional[tuple[int, int, int, int]] = None) -> np.ndarray:
-    """The image, or only its (top, left, height, width) `window`: [H, W, 3] uint8. Raises Unusable."""
+def read_jpeg_sizes(encoded: Sequence[bytes]) -> list[tuple[int, int]]:
+    """(height, width) of each image from its frame header, whatever they are. Raises Unusable if one is corrupt."""
+    return [(int(shape[0]), int(shape[1])) for shape in _call_jpeg_operation("sizes", encoded)]
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """The whole image: [H, W, 3] uint8. Raises Unusable."""
+    return _call_jpeg_operation("decode", [data])[0]
+
+
+def decode_jpeg_windows(encoded: Sequence[bytes], windows: Sequence[Window]) -> list[np.ndarray]:
+    """Of each image its window: [height, width, 3] uint8. Raises Unusable if one is corrupt as far as it is read."""
+    return _call_jpeg_operation("crop", encoded, windows)
+
+
+def _call_jpeg_operation(name: str, encoded: Sequence[bytes], *more: Sequence[Window]) -> list[np.ndarray]:
+    """Applies an operation to each image. Raises Unusable if it fails for one of them."""
     import tensorflow as tf
 
+    function = _make_jpeg_function(name, len(encoded))
     try:
-        with tf.device("cpu:0"):
-            # Pillow and other decoders that use libjpeg have the same default, INTEGER_ACCURATE.
-            if window:
-                pixels = tf.io.decode_and_crop_jpeg(data, window, channels=3, dct_method="INTEGER_ACCURATE")
-            else:
-                pixels = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
+        with tf.device("cpu:0"), stack.run_in_this_thread():
+            return [np.asarray(result) for result in function(tf.constant(encoded), *map(tf.constant, more))]
     except tf.errors.InvalidArgumentError as error:
         raise Unusable("a corrupt or truncated JPEG") from error
-    return pixels.numpy()
+
+
+@functools.cache
+def _make_jpeg_function(name: str, count: int) -> Callable[..., Any]:
+    """A graph that applies the operation `name` to each of `count` images."""
+    import tensorflow as tf
+
+    # Pillow and other decoders that use libjpeg have the same default, INTEGER_ACCURATE.
+    decoding = {"channels": 3, "dct_method": "INTEGER_ACCURATE"}
+    operation = {
+        "sizes": tf.image.extract_jpeg_shape,
+        "decode": functools.partial(tf.io.decode_jpeg, **decoding),
+        "crop": functools.partial(tf.io.decode_and_crop_jpeg, **decoding),
+    }[name]
+
+    @tf.function(autograph=False)
+    def apply(*inputs: tf.Tensor) -> list[tf.Tensor]:
+        return [operation(*image) for image in zip(*map(tf.unstack, inputs))]
+
+    inputs = [tf.TensorSpec([count], tf.string)] + [tf.TensorSpec([count, 4], tf.int32)] * (name == "crop")
+    with tf.device("cpu:0"):
+        return apply.get_concrete_function(*inputs)
+
+
+atexit.register(_make_jpeg_function.cache_clear)  # graphs cannot be freed after TensorFlow

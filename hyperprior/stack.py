@@ -1,4 +1,4 @@
-"""TensorFlow: which versions work, how it starts fast on a CPU, and the two places where its public interface ends."""
+"""TensorFlow: which versions work, how it starts fast on a CPU, and the places where its public interface ends."""
 
 from __future__ import annotations
 
@@ -77,6 +77,13 @@ def is_onednn_on() -> bool:
     from tensorflow.python.util import _pywrap_util_port
 
     return bool(_pywrap_util_port.IsMklEnabled())
+
+
+def run_in_this_thread() -> contextlib.AbstractContextManager[None]:
+    """Within this context a graph runs in the calling thread, one operation after another, without a thread pool."""
+    from tensorflow.python.eager import context
+
+    return context.function_executor_type("SINGLE_THREADED_EXECUTOR")
 
 
 @contextlib.contextmanager

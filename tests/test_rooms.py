@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
     "metric_table": set(),
-    "images": set(),
+    "images": {"stack"},
     "draws": set(),
     "stack": {"errors"},
     "config": {"errors"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import numpy as np
 from PIL import Image
@@ -44,7 +44,9 @@ def draw_place(settings: Data, seed: int, epoch: int, key: str, number: int) -> 
     """Draws where patch `number` of the sample with this key is cut in this epoch."""
     patch = (epoch, key, number)
     bits = draw(seed, "crop", *patch)
-    scale = 1.0 - (1.0 - settings.min_scale) * draw_unit(seed, "scale", *patch)
+    scale = 1.0
+    if settings.min_scale < 1:  # each draw costs a few microseconds of Python's lock
+        scale -= (1.0 - settings.min_scale) * draw_unit(seed, "scale", *patch)
     flip = settings.flip and draw_unit(seed, "flip", *patch) < 0.5
     return Place(bits >> 32, bits & 0xFFFFFFFF, scale, flip)
 
@@ -54,14 +56,59 @@ def cut_patches(data: bytes, size: int, places: Sequence[Place], *, upscale: boo
 
     With `upscale` a smaller image is enlarged until its shorter side fits; else TooSmall is raised. Raises Unusable.
     """
+    (result,) = cut_group([data], size, [places], upscale=upscale)
+    if isinstance(result, Unusable):
+        raise result
+    return result
+
+
+def cut_group(
+    encoded: Sequence[bytes], size: int, places: Sequence[Sequence[Place]], *, upscale: bool = False
+) -> list[Union[np.ndarray, Unusable]]:
+    """The patches of each of several images, or the reason why it has none."""
+    # The fused operation stops after the window, so it does not notice a truncated file.
+    fused = [
+        number
+        for number, data in enumerate(encoded)
+        if len(places[number]) == 1 and images.is_jpeg(data) and data.rstrip(b"\0").endswith(b"\xff\xd9")
+    ]
+    windows = cut_windows([encoded[number] for number in fused], size, [places[number][0] for number in fused])
+    results = dict(zip(fused, windows))
+    for number, data in enumerate(encoded):
+        if results.get(number) is None:
+            try:
+                results[number] = cut_whole(data, size, places[number], upscale)
+            except Unusable as error:
+                results[number] = error
+    return [results[number] for number in range(len(encoded))]  # type: ignore[misc]
+
+
+def cut_windows(
+    encoded: Sequence[bytes], size: int, places: Sequence[Place]
+) -> list[Union[np.ndarray, Unusable, None]]:
+    """One patch [1, size, size, 3] of each JPEG, decoded no further than its window. None if the JPEG has no such."""
+    if not encoded:
+        return []
+    results: list[Union[np.ndarray, Unusable, None]] = [None] * len(encoded)
+    try:
+        sizes = images.read_jpeg_sizes(encoded)
+        fits = [i for i, (h, w) in enumerate(sizes) if min(h, w) >= size and h * w <= images.MAX_PIXELS]
+        windows = [places[i].window(*sizes[i], size) for i in fits]
+        if fits:
+            for i, pixels in zip(fits, images.decode_jpeg_windows([encoded[i] for i in fits], windows)):
+                results[i] = places[i].finish(pixels, size)[None]
+    except Unusable as error:
+        if len(encoded) == 1:
+            return [error]
+        # One of them is corrupt.
+        return [result for i in range(len(encoded)) for result in cut_windows([encoded[i]], size, [places[i]])]
+    return results
+
+
+def cut_whole(data: bytes, size: int, places: Sequence[Place], upscale: bool) -> np.ndarray:
+    """Patches of an image that is decoded as a whole. Raises Unusable, TooSmall."""
     if images.is_jpeg(data):
-        height, width = images.read_jpeg_size(data)
-        # The fused operation stops after the window, so it does not notice a truncated file.
-        has_end_marker = data.rstrip(b"\0").endswith(b"\xff\xd9")
-        if len(places) == 1 and min(height, width) >= size and has_end_marker:
-            window = places[0].window(height, width, size)
-            return places[0].finish(images.decode_jpeg(data, window), size)[None]
-        check_size(height, width, size, upscale)
+        check_size(*images.read_jpeg_size(data), size, upscale)
         image = images.decode_jpeg(data)
     else:
         opened = images.open_image(data)

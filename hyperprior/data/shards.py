@@ -92,8 +92,7 @@ class Shard:
 
 def make_key(name: str) -> str:
     """A sample's key: the full member name without its last extension."""
-    name = name.removeprefix("./")
-    return name[: -len(PurePosixPath(name).suffix)]
+    return name.removeprefix("./").rpartition(".")[0]
 
 
 # From sources to shards -----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """From lanes to batches: reading and decoding in a thread pool, and the cursors that go with each batch.
 
-Each lane keeps a few samples in the pool and takes the results in its own order. So the results never depend on which
-thread was faster. A sample that cannot be used is skipped inside its lane, and counted with the batch that skips it.
-It never shifts another lane.
+Python decides which samples come and where each is cut. TensorFlow decodes them, many in one call, so that Python's
+lock is held for a small part of the time. Each lane takes its results in its own order, so they never depend on the
+groups of samples that were decoded together, nor on which thread was faster. A sample that cannot be used is skipped
+inside its lane, and counted with the batch that skips it. It never shifts another lane.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Optional, TypeVar
+from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from hyperprior.data.shards import Sample
 from hyperprior.data.splits import Split
 from hyperprior.errors import DataError
 
-AHEAD = 3  # samples of each lane in the pool
+AHEAD = 3  # samples of each lane that are in the pool, at least
+GROUP = 32  # patches that one call of TensorFlow decodes
 PREFETCH = 2  # items that are ready before the trainer asks
 LATE = 30  # seconds of waiting for input between two warnings
 MAPPED_AHEAD = 64  # items of `map_ahead` in the pool
@@ -109,77 +111,64 @@ def classify_error(error: images.Unusable) -> Kind:
 # Training -------------------------------------------------------------------------------------------------
 
 
-class LanePatch(NamedTuple):
-    """One lane's share of a batch: a patch, its sample's name, and the counts and skips since the last patch."""
+class Decoded:
+    """An item in the pool: its cursor, and its patches once its group is decoded."""
 
-    pixels: np.ndarray
-    name: str
-    counts: Counts
-    skipped: list[Skip]
+    def __init__(self, at: Cursor, item: Item):
+        self.at, self.item = at, item
+        self.group: Future[list[Union[np.ndarray, images.Unusable]]]
+        self.number = 0  # within the group
 
-
-class Decoded(NamedTuple):
-    """An item in the pool, with its cursor and its future patches [P, size, size, 3]."""
-
-    at: Cursor
-    item: Item
-    patches: Future[np.ndarray]
+    def patches(self) -> np.ndarray:
+        """[P, size, size, 3]. Waits for them. Raises Unusable."""
+        result = self.group.result()[self.number]
+        if isinstance(result, images.Unusable):
+            raise result
+        return result
 
 
 class Lane:
     """One lane's patches, without end."""
 
-    def __init__(
-        self,
-        pool: ThreadPoolExecutor,
-        split: Split,
-        settings: config.Data,
-        seed: int,
-        lane: int,
-        batch_size: int,
-        start: Cursor,
-        reading: Reading,
-    ):
-        self.settings, self.seed, self.lane, self.pool, self.reading = settings, seed, lane, pool, reading
+    def __init__(self, lane: int, items: Iterator[tuple[Cursor, Item]], start: Cursor, decoder: Decoder):
+        self.lane, self.items, self.decoder = lane, items, decoder
         self.cursor = start  # the position after the last patch taken
-        self.items = lanes.read_lane(
-            split.shards, split.keep, seed, lane, batch_size, settings.shuffle_buffer, start, reading.set
-        )
         self.pending: deque[Decoded] = deque()
         self.image: Optional[Decoded] = None  # the item that still has patches to take
         self.last_good_epoch, self.skipped_in_row = start.epoch, 0
 
-    def next_patch(self) -> LanePatch:
-        counts, skipped = Counts(), []
+    def take_items(self, count: int) -> list[Decoded]:
+        """Puts the lane's next items into `pending`, to be decoded."""
+        taken = [Decoded(*next(self.items)) for _ in range(count)]
+        self.pending += taken
+        return taken
+
+    def next_patch(self, counts: dict[str, int], skipped: list[Skip]) -> tuple[np.ndarray, str]:
+        """The next patch [size, size, 3] and its sample's name. Adds what happened since the last one to `counts`."""
         while self.image is None:
-            decoded = self.next_decoded()
+            if not self.pending:
+                self.decoder.submit(self.take_items(1))
+            decoded = self.pending.popleft()
             if self.cursor.patch == 0:  # otherwise the item was counted before the run stopped
-                is_sample = isinstance(decoded.item, Sample)
-                counts = counts.plus(Counts(samples=is_sample, visits=decoded.at.offset == 0))
-            self.reading.set(decoded.item.name)
+                counts["samples"] += isinstance(decoded.item, Sample)
+                counts["visits"] += decoded.at.offset == 0
+            self.decoder.reading.set(decoded.item.name)
             try:
-                decoded.patches.result()
+                decoded.patches()
             except images.Unusable as error:
                 skipped.append(Skip(decoded.item.name, str(error), classify_error(error)))
-                counts = counts.plus(Counts(**{classify_error(error): 1}))
+                counts[classify_error(error)] += 1
                 self.skip_item(decoded, error)
             else:
                 self.image, self.last_good_epoch, self.skipped_in_row = decoded, decoded.at.epoch, 0
         image, patch = self.image, self.cursor.patch
-        patches = image.patches.result()
+        patches = image.patches()
         if patch + 1 < len(patches):
             self.cursor = image.at._replace(patch=patch + 1)
         else:
             self.cursor = image.at._replace(offset=image.at.offset + 1)
             self.image = None
-        return LanePatch(patches[patch], image.item.name, counts, skipped)
-
-    def next_decoded(self) -> Decoded:
-        """The lane's next item. Puts the items after it into the pool."""
-        while len(self.pending) < AHEAD:
-            at, item = next(self.items)
-            self.pending.append(Decoded(at, item, self.pool.submit(self.load, at, item)))
-        return self.pending.popleft()
+        return patches[patch], image.item.name
 
     def skip_item(self, decoded: Decoded, error: images.Unusable) -> None:
         """Moves past an item that cannot be used. Raises DataError if the lane finds no usable one."""
@@ -191,16 +180,50 @@ class Lane:
                 f"skipped is {decoded.item.name}: {error} (see data.patch_size, data.small_images)"
             ) from error
 
-    def load(self, at: Cursor, item: Item) -> np.ndarray:
-        """Runs in the pool: reads and decodes a sample to patches [P, size, size, 3]. Raises Unusable."""
-        if isinstance(item, LostRest):
-            raise LostShard(item.reason)
-        # The draw depends on the sample, not on the lane, so the batch size does not change where an image is cut.
-        settings = self.settings
-        numbers = range(settings.patches_per_image)
-        places = [patches.draw_place(settings, self.seed, at.epoch, item.key, number) for number in numbers]
-        upscale = settings.small_images == "upscale"
-        return patches.cut_patches(read_sample(item), settings.patch_size, places, upscale=upscale)
+
+class Decoder:
+    """Reads and decodes the next items of `lanes` lanes in a pool of threads, in groups."""
+
+    def __init__(self, settings: config.Data, seed: int, lanes: int, reading: Reading):
+        self.settings, self.seed, self.reading = settings, seed, reading
+        threads = settings.decode_threads or os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(threads, "decode")
+        self.group = max(1, GROUP // settings.patches_per_image)  # items
+        self.at_a_time = max(1, self.group // lanes)  # items that a lane takes
+        self.ahead = max(AHEAD, (threads + 1) * self.group // lanes)
+
+    def fill(self, lanes: Sequence[Lane]) -> None:
+        """Takes the next items of the lanes that have fewer than `ahead`."""
+        behind = [lane for lane in lanes if len(lane.pending) <= self.ahead - self.at_a_time]
+        self.submit([decoded for lane in behind for decoded in lane.take_items(self.at_a_time)])
+
+    def submit(self, items: list[Decoded]) -> None:
+        """Puts the items into the pool, in groups of about the same size."""
+        groups = -(-len(items) // self.group)
+        for group in (items[number::groups] for number in range(groups)):
+            future = self.pool.submit(self.decode_group, group)
+            for number, decoded in enumerate(group):
+                decoded.group, decoded.number = future, number
+
+    def decode_group(self, group: Sequence[Decoded]) -> list[Union[np.ndarray, images.Unusable]]:
+        """Runs in the pool: the patches [P, size, size, 3] of each item, or why it has none."""
+        results: list[Union[np.ndarray, images.Unusable, None]] = [None] * len(group)
+        encoded, places = [], []
+        for number, (at, item) in enumerate((decoded.at, decoded.item) for decoded in group):
+            if isinstance(item, LostRest):
+                results[number] = LostShard(item.reason)
+                continue
+            try:
+                encoded.append(read_sample(item))
+            except images.Unusable as error:
+                results[number] = error
+                continue
+            # The draw depends on the sample, not on the lane, so the batch size does not change where an image is cut.
+            numbers = range(self.settings.patches_per_image)
+            places.append([patches.draw_place(self.settings, self.seed, at.epoch, item.key, n) for n in numbers])
+        upscale = self.settings.small_images == "upscale"
+        cut = iter(patches.cut_group(encoded, self.settings.patch_size, places, upscale=upscale))
+        return [next(cut) if result is None else result for result in results]
 
 
 def batches(
@@ -216,18 +239,27 @@ def batches(
 
     `own`: the lanes of this worker. `reading` holds the name of the shard or sample that the input waits for.
     """
-    reading = reading or Reading()
-    with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
-        own_lanes = [Lane(pool, split, settings, seed, lane, batch_size, cursors[lane], reading) for lane in own]
+    decoder = Decoder(settings, seed, len(own), reading or Reading())
+
+    def open_lane(lane: int) -> Lane:
+        start, buffer_size = cursors[lane], settings.shuffle_buffer
+        tell_opening = decoder.reading.set
+        items = lanes.read_lane(split.shards, split.keep, seed, lane, batch_size, buffer_size, start, tell_opening)
+        return Lane(lane, items, start, decoder)
+
+    own_lanes = [open_lane(lane) for lane in own]
+    with decoder.pool as pool:
         try:
             while True:
-                lane_patches = [lane.next_patch() for lane in own_lanes]
+                decoder.fill(own_lanes)
+                counts, skipped = dict.fromkeys(Counts._fields, 0), list[Skip]()
+                lane_patches = [lane.next_patch(counts, skipped) for lane in own_lanes]
                 yield Batch(
-                    np.stack([patch.pixels for patch in lane_patches]),
-                    [patch.name for patch in lane_patches],
+                    np.stack([pixels for pixels, _ in lane_patches]),
+                    [name for _, name in lane_patches],
                     [lane.cursor for lane in own_lanes],
-                    Counts(*map(sum, zip(*(patch.counts for patch in lane_patches)))),
-                    [skip for patch in lane_patches for skip in patch.skipped],
+                    Counts(**counts),
+                    skipped,
                 )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

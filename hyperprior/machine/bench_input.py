@@ -18,6 +18,7 @@ import tensorflow as tf
 from PIL import Image
 from rich.table import Table
 
+from hyperprior import config
 from hyperprior.config import Config
 from hyperprior.data import splits, stream
 from hyperprior.data.lanes import Cursor
@@ -27,6 +28,7 @@ from hyperprior.training.distribute import World
 
 INPUT_SECONDS = 6.0  # of each repeat
 COMPARED_IMAGES = 2000  # at most, for the comparison with other ways
+CEILING_IMAGES, CEILING_SIDE, CEILING_LANES = 8192, 64, 64
 
 
 def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal) -> dict[str, Any]:
@@ -74,11 +76,57 @@ def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal
         f"raw       {raw_rates['ours']:.0f} MB/s ({len(samples) / raw['ours'].median:.0f} samples/s) in one thread; "
         f"Python's tarfile {raw_rates['tarfile']:.0f} MB/s"
     )
+    ceiling = measure_ceiling(settings, repeats)
+    terminal.say(
+        f"ceiling   {ceiling['patches_per_s']['median']:.0f} patches/s of one process, "
+        f"{ceiling['cpu_ms_per_patch']['median']:.3f} ms of CPU each, on JPEGs of {CEILING_SIDE}x{CEILING_SIDE}"
+    )
     return {
+        "ceiling": ceiling,
         "patches_per_s": {name: summarise(v)._asdict() for name, v in rates.items()},
         "patches_per_cpu_s": {name: summarise(v)._asdict() for name, v in per_core.items()},
         "raw_mb_per_s": raw_rates,
     }
+
+
+def measure_ceiling(settings: Config, repeats: int) -> dict[str, dict[str, float]]:
+    """What one process reads of JPEGs that cost almost nothing to decode: what an input costs besides decoding."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards = [str(write_small_jpegs(Path(folder, f"{number}.tar"), number)) for number in range(8)]
+        data = config.Data(
+            train=shards,
+            val_split=0,
+            test_split=0,
+            patch_size=CEILING_SIDE,
+            decode_threads=settings.data.decode_threads,
+        )
+        split = splits.open_splits(data, CEILING_LANES, count=False).train
+
+        def read_patches() -> Iterator[int]:
+            lanes = range(CEILING_LANES)
+            with contextlib.closing(stream.batches(split, data, 0, lanes, len(lanes), [Cursor()] * len(lanes))) as all_:
+                for batch in all_:
+                    yield len(batch.images)
+
+        rates = [measure_patch_rate(read_patches()) for _ in range(repeats)]
+    return {
+        "patches_per_s": summarise([rate for rate, _ in rates])._asdict(),
+        "cpu_ms_per_patch": summarise([1000 / core_rate for _, core_rate in rates])._asdict(),
+    }
+
+
+def write_small_jpegs(path: Path, seed: int) -> Path:
+    """Writes a tar of smooth random JPEGs of CEILING_SIDE, about 1.5 kB each."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for number in range(CEILING_IMAGES // 8):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+            encoded = io.BytesIO()
+            coarse.resize((CEILING_SIDE, CEILING_SIDE), Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=90)
+            info = tarfile.TarInfo(f"{number:06d}.jpg")
+            info.size = len(encoded.getvalue())
+            tar.addfile(info, io.BytesIO(encoded.getvalue()))
+    return path
 
 
 def measure_patch_rate(patches: Iterator[int]) -> tuple[float, float]:

@@ -95,24 +95,22 @@ def test_half_of_the_patches_are_mirrored_and_the_others_do_not_change(flat_tar:
 
 def test_scales_are_drawn_for_each_patch(flat_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[patches.Place] = []
-    whole = patches.cut_patches
-    monkeypatch.setattr(
-        patches, "cut_patches", lambda data, size, at, **k: places.extend(at) or whole(data, size, at, **k)
-    )
+    draw = patches.draw_place
+    monkeypatch.setattr(patches, "draw_place", lambda *a: places.append(draw(*a)) or places[-1])
     read(settings(f"data.train=[{flat_tar}]", "data.min_scale=0.5"), 18)
     scales = np.array([place.scale for place in places])
     assert 0.5 <= scales.min() < 0.55 and 0.95 < scales.max() <= 1 and abs(scales.mean() - 0.75) < 0.06
 
 
 def test_patches_of_an_image_come_from_one_decode(flat_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    whole = patches.cut_patches
-    monkeypatch.setattr(patches, "cut_patches", lambda *a, **k: calls.append(1) or whole(*a, **k))
-    batches = read(settings(f"data.train=[{flat_tar}]", "data.patches_per_image=4"), 8)
+    decoded: list[bytes] = []
+    cut = patches.cut_group
+    monkeypatch.setattr(patches, "cut_group", lambda data, *a, **k: decoded.extend(data) or cut(data, *a, **k))
+    batches = read(settings(f"data.train=[{flat_tar}]", "data.patches_per_image=4", "data.decode_threads=1"), 16)
     assert [b.keys for b in batches[:4]] == [batches[0].keys] * 4
     assert batches[4].keys != batches[3].keys
     assert len({image.tobytes() for b in batches[:4] for image in b.images}) > 12
-    assert len(calls) <= 4 * (2 + stream.AHEAD)
+    assert len(decoded) <= 4 * (4 + 6)  # of 64 patches: what is used, and what is decoded ahead
 
 
 def test_a_bad_image_is_skipped_in_its_lane_and_shifts_no_other_lane(tmp_path: Path) -> None:
@@ -136,6 +134,24 @@ def test_a_bad_image_is_skipped_in_its_lane_and_shifts_no_other_lane(tmp_path: P
     assert skips["p007"].kind == "bad" and "JPEG" in skips["p007"].reason
     assert skips["p011"].kind == "small" and "40x40 is smaller than 64x64" in skips["p011"].reason
     assert sum(b.counts.samples for b in streams[1]) == 24 + sum(len(b.skipped) for b in streams[1])
+
+
+def test_a_group_of_bad_samples_is_skipped_and_each_is_named(tmp_path: Path) -> None:
+    size = 64 * 4  # more than any group
+    good = photos(8, "good")
+    huge = bytearray(good[0][1])
+    frame = huge.index(b"\xff\xc0") + 5
+    huge[frame : frame + 4] = b"\xff\xdc\xff\xdc"  # a frame of 65,500 x 65,500, which would take 12 GB
+    bad = [(f"bad{i:04d}.jpg", bytes(huge) if i % 2 else good[0][1][:200] + b"\xff\xd9") for i in range(size)]
+    png = [("png0.jpg", encoded(photo(1), "PNG"))]  # the content decides, not the name
+    (tmp_path / "t.tar").write_bytes(tar_bytes(bad + good[:4] + png + good[4:]))
+    batches = read(settings(f"data.train=[{tmp_path / 't.tar'}]", "data.shuffle_buffer=1"), 6)
+    skips = {skip.name.split(": ")[1]: skip for batch in batches for skip in batch.skipped}
+    assert sorted(skips) == [f"bad{i:04d}" for i in range(size)] and {skip.kind for skip in skips.values()} == {"bad"}
+    assert "65500x65500 pixels" in skips["bad0001"].reason and "corrupt" in skips["bad0002"].reason
+    keys = {key.split(": ")[1]: image for batch in batches for key, image in zip(batch.keys, batch.images)}
+    assert set(keys) == {name.rpartition(".")[0] for name, _ in good} | {"png0"}
+    assert sum(batch.counts.bad for batch in batches) >= size
 
 
 def shards_of_four(folder: Path) -> list[Path]:
