@@ -101,7 +101,8 @@ def save_arrays(
     text = json.dumps({"format": file_format, "arrays": list(arrays), **state}).encode()
     buffer = io.BytesIO()  # numpy does not report write errors of a file
     save = np.savez_compressed if compressed else np.savez
-    save(buffer, state=np.frombuffer(text, np.uint8), **arrays)
+    members: dict[str, Any] = {"state": np.frombuffer(text, np.uint8), **arrays}
+    save(buffer, **members)
     write_whole(path, lambda file: file.write(buffer.getbuffer()), check=verify_zip)
 
 

@@ -70,7 +70,7 @@ class Decoder:
         symbols = self.coder.take(index)
         values, is_escaped = symbols + self.tables.first[index], symbols >= self.tables.escape[index]
         for i, stream in enumerate(self.streams):
-            if count := np.count_nonzero(is_escaped[i]):
+            if count := int(np.count_nonzero(is_escaped[i])):
                 begin = self.used_escapes[i]
                 stored = stream.escapes[begin : begin + count]
                 if len(stored) < count:

@@ -137,7 +137,7 @@ def find_detail(pixels: np.ndarray, size: int) -> tuple[slice, slice]:
     sums = np.pad(blocks.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     h, w = max(1, height // 8), max(1, width // 8)
     windows = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
-    row, column = np.unravel_index(int(windows.argmax()), windows.shape)
+    row, column = np.unravel_index(int(np.argmax(windows)), windows.shape)
     top, left = min(8 * int(row), pixels.shape[0] - height), min(8 * int(column), pixels.shape[1] - width)
     return slice(top, top + height), slice(left, left + width)
 

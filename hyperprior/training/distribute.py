@@ -108,7 +108,7 @@ class World:
         sizes = np.zeros(self.workers, np.int64)
         sizes[self.worker] = len(text)
         sizes = self.sum_workers(sizes)
-        rows = np.zeros((self.workers, sizes.max()), np.int64)
+        rows = np.zeros((self.workers, np.max(sizes)), np.int64)
         rows[self.worker, : len(text)] = text
         rows = self.sum_workers(rows)
         return [json.loads(row[:size].astype(np.uint8).tobytes()) for row, size in zip(rows, sizes)]
