@@ -22,17 +22,17 @@ WORKER = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("inde
 def keys(folder: str) -> None:
     from hyperprior.training import loop
 
-    original = loop.Trainer.train_chunk
+    original = loop.Trainer.finish_call
 
-    def train_chunk(self: loop.Trainer, chunk: loop.Chunk, track: Any) -> bool:
+    def finish_call(self: loop.Trainer, call: Any, *more: Any) -> bool:
         begin = self.state.step
-        stopped = original(self, chunk, track)
+        stopped = original(self, call, *more)
         with Path(folder, f"worker-{WORKER}.txt").open("a") as file:
-            for batch, step in zip(chunk.batches, range(begin, self.state.step)):
+            for batch, step in zip(call.chunk.batches, range(begin, self.state.step)):
                 file.write(f"{step} {json.dumps(batch.keys)}\n")
         return stopped
 
-    loop.Trainer.train_chunk = train_chunk  # type: ignore[method-assign]
+    loop.Trainer.finish_call = finish_call  # type: ignore[method-assign]
 
 
 def nan(steps: str) -> None:
@@ -55,15 +55,15 @@ def clock(seconds: str) -> None:
 
 
 def slow(seconds: str) -> None:
-    from hyperprior.training import loop
+    from hyperprior.training import calls
 
-    original = loop.Trainer.train_chunk
+    original = calls.Calls._run
 
-    def train_chunk(self: loop.Trainer, chunk: loop.Chunk, track: Any) -> bool:
+    def run(self: calls.Calls, chunk: Any) -> Any:
         time.sleep(float(seconds))
-        return original(self, chunk, track)
+        return original(self, chunk)
 
-    loop.Trainer.train_chunk = train_chunk  # type: ignore[method-assign]
+    calls.Calls._run = run  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ import numpy as np
 from hyperprior import config, images
 from hyperprior.data import lanes, patches
 from hyperprior.data.lanes import Cursor, Item, LostRest
-from hyperprior.data.shards import Sample
+from hyperprior.data.shards import Sample, Shard
 from hyperprior.data.splits import Split
 from hyperprior.errors import DataError
 
-AHEAD = 3  # samples of each lane that are in the pool, at least
+AHEAD = 3  # samples of each lane that are read ahead, at least
 GROUP = 32  # patches that one call of TensorFlow decodes
 PREFETCH = 2  # items that are ready before the trainer asks
 LATE = 30  # seconds of waiting for input between two warnings
@@ -184,13 +184,15 @@ class Lane:
 class Decoder:
     """Reads and decodes the next items of `lanes` lanes in a pool of threads, in groups."""
 
-    def __init__(self, settings: config.Data, seed: int, lanes: int, reading: Reading):
+    def __init__(self, settings: config.Data, seed: int, lanes: int, shards: Sequence[Shard], reading: Reading):
         self.settings, self.seed, self.reading = settings, seed, reading
         threads = settings.decode_threads or os.cpu_count() or 1
         self.pool = ThreadPoolExecutor(threads, "decode")
         self.group = max(1, GROUP // settings.patches_per_image)  # items
-        self.at_a_time = max(1, self.group // lanes)  # items that a lane takes
-        self.ahead = max(AHEAD, (threads + 1) * self.group // lanes)
+        self.at_a_time, self.ahead = 1, AHEAD  # items that a lane takes, and has
+        if not any(shard.kind == "url" for shard in shards):  # a batch must not wait for more of a slow stream
+            self.at_a_time = max(1, self.group // lanes)
+            self.ahead = max(AHEAD, (threads + 1) * self.group // lanes)
 
     def fill(self, lanes: Sequence[Lane]) -> None:
         """Takes the next items of the lanes that have fewer than `ahead`."""
@@ -239,7 +241,7 @@ def batches(
 
     `own`: the lanes of this worker. `reading` holds the name of the shard or sample that the input waits for.
     """
-    decoder = Decoder(settings, seed, len(own), reading or Reading())
+    decoder = Decoder(settings, seed, len(own), split.shards, reading or Reading())
 
     def open_lane(lane: int) -> Lane:
         start, buffer_size = cursors[lane], settings.shuffle_buffer

@@ -88,7 +88,7 @@ def time_step(
         shape = (count, world.replica_batch, side, side, 3)
         patches = world.place([rng.integers(0, 256, shape, np.uint8) for _ in range(world.local_replicas)])
         no_counts = world.place_once(np.zeros((count, len(Counts._fields)), np.float32))
-        return patches, no_counts, tf.constant(0, tf.int64), tf.constant(0)
+        return patches, no_counts, tf.constant(0, tf.int64), tf.constant(False), tf.constant(0.0)
 
     def make_call(inputs: tuple) -> Callable[[], Any]:
         return lambda: int(train_steps(*inputs).done)

@@ -9,6 +9,7 @@ Read in this order:
     stop         stop requests: signals, and the flag that every step reads
     timetable    the length of a run, and the steps at which something is due
     feed         the batches of each call
+    calls        calls of the graph, two in flight
     resume       the state in a checkpoint, and the checks that it fits
     checkpoint   checkpoint files: the last few steps and the best weights
     validation   means over held-out images

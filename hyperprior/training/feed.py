@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -23,18 +22,17 @@ from hyperprior.training.timetable import Timetable
 
 
 class Chunk(NamedTuple):
-    """The batches of one call of n steps. `images`: for each local replica [n, b, P, P, 3] uint8."""
+    """The batches of one call of n steps, on the devices."""
 
-    images: list[np.ndarray]
-    counts: np.ndarray  # [n, len(Counts)] float32: the input's counts for each step
+    step: int  # the number of the first step
+    images: Any  # per replica [n, b, P, P, 3] uint8
+    counts: Any  # per replica [n, len(Counts)] float32: the input's counts for each step
     batches: list[Batch]  # without their images
+    error: Optional[HyperpriorError] = None  # why the input ended here
 
 
 class Feed:
-    """This worker's input. It starts at `cursors` (one per global lane) and `step`. Use it with `contextlib.closing`.
-
-    `waited`: seconds spent in `next_chunk` since `waited` was last set to zero.
-    """
+    """This worker's input, from `cursors` (one per global lane) and `step` on. Use it with `contextlib.closing`."""
 
     def __init__(
         self,
@@ -49,7 +47,6 @@ class Feed:
     ):
         self.world, self.settings, self.timetable, self.stop, self.terminal = world, settings, timetable, stop, terminal
         self.reading = stream.Reading()
-        self.waited = 0.0
         self.step = step  # the first of the next chunk
         lanes = world.lanes(world.batch_size)
         batches = stream.batches(
@@ -59,15 +56,12 @@ class Feed:
 
     def next_chunk(self) -> Chunk:
         """The next chunk. If this worker must stop, a blank chunk of as many steps: all workers stop in its first."""
-        began = time.perf_counter()
         first, self.step = self.step, self.timetable.end_of_call(self.step)
-        chunk = None
         try:
             chunk = self.prefetch.next(lambda: self.stop.requested, self._warn_late)
         except HyperpriorError as error:
-            self.stop.request(error)
-        self.waited += time.perf_counter() - began
-        return chunk or self._make_blank(self.step - first)
+            return self._make_blank(first, error)
+        return chunk or self._make_blank(first)
 
     def close(self) -> None:
         self.prefetch.close()
@@ -79,18 +73,22 @@ class Feed:
                 taken = [next(batches) for _ in range(step, end) if not self.stop.requested]
                 if self.stop.requested:
                     return
-                step = end
                 images = np.stack([batch.images for batch in taken])
-                yield Chunk(
-                    np.split(images, self.world.local_replicas, axis=1),
-                    np.array([batch.counts for batch in taken], np.float32),
-                    [dataclasses.replace(batch, images=images[:0]) for batch in taken],
-                )
+                yield self._make_chunk(step, images, [dataclasses.replace(batch, images=images[:0]) for batch in taken])
+                step = end
 
-    def _make_blank(self, steps: int) -> Chunk:
-        side = self.settings.data.patch_size
-        blank = np.zeros((steps, self.world.replica_batch, side, side, 3), np.uint8)
-        return Chunk([blank] * self.world.local_replicas, np.zeros((steps, len(Counts._fields)), np.float32), [])
+    def _make_chunk(self, step: int, images: np.ndarray, batches: list[Batch]) -> Chunk:
+        """Puts images [n, b of all local replicas, P, P, 3] and counts on the devices."""
+        counts = np.zeros((len(images), len(Counts._fields)), np.float32)
+        for row, batch in zip(counts, batches):
+            row[:] = batch.counts
+        parts = np.split(images, self.world.local_replicas, axis=1)
+        return Chunk(step, self.world.place(parts), self.world.place_once(counts), batches)
+
+    def _make_blank(self, first: int, error: Optional[HyperpriorError] = None) -> Chunk:
+        side, batch = self.settings.data.patch_size, self.world.replica_batch * self.world.local_replicas
+        blank = np.zeros((self.step - first, batch, side, side, 3), np.uint8)
+        return self._make_chunk(first, blank, [])._replace(error=error)
 
     def _warn_late(self, seconds: float) -> None:
         self.terminal.warn(f"no input for {seconds:.0f} s: waiting for {self.reading.name}")

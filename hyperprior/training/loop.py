@@ -21,14 +21,14 @@ from hyperprior import __version__, storage
 from hyperprior.config import Config, flatten, render
 from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import open_splits
-from hyperprior.data.stream import Counts
 from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, LostWorker, Stopped
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
 from hyperprior.terminal import Terminal, Track
 from hyperprior.training import checkpoint, resume, runs
+from hyperprior.training.calls import Call, Calls
 from hyperprior.training.distribute import World
-from hyperprior.training.feed import Chunk, Feed
+from hyperprior.training.feed import Feed
 from hyperprior.training.progress import Progress
 from hyperprior.training.resume import State
 from hyperprior.training.steps import build_model, make_train_steps
@@ -165,17 +165,22 @@ class Trainer:
         )
         self.stop.in_loop = True
         progress.restart_clock()
-        with contextlib.closing(feed):
+        with contextlib.closing(feed), Calls(self.train_steps, self.stop, state.failed) as calls:
             stopped = False
             if self.needs_validation_first():
                 stopped = not self.validate(track)
                 self.save_checkpoint()
+            call: Optional[Call] = None
             while not stopped and not self.is_finished():
                 progress.profile()
-                stopped = self.train_chunk(feed.next_chunk(), track)
+                call = call or self.start_call(feed, calls)
+                following = None if self.timetable.must_pause(feed.step) else self.start_call(feed, calls, call)
+                stopped = self.finish_call(call, calls, track)
+                call = following
                 if is_due("scalars", state.step) and state.step > state.logged_step:
-                    progress.log_means(self.optimizer, feed.waited, track)
-                    feed.waited = 0.0
+                    progress.log_means(self.optimizer, track)
+                if stopped:
+                    calls.drain()
                 if not stopped and is_due("validate", state.step):
                     stopped = not self.validate(track)
                 if not stopped and is_due("images", state.step):
@@ -201,32 +206,36 @@ class Trainer:
         starts_from_trained = bool(self.settings.train.start_from) and not state.step and state.best.loss is None
         return self.timetable.is_due("validate", state.step) and (was_interrupted or starts_from_trained)
 
-    def train_chunk(self, chunk: Chunk, track: Track) -> bool:
-        """Trains on a chunk. Returns True if a worker must stop. Raises DivergedError, DataError."""
-        state, world = self.state, self.world
-        result = self.train_steps(
-            world.place(chunk.images),
-            world.place_once(chunk.counts),
-            tf.constant(state.step, tf.int64),
-            tf.constant(state.failed),
-        )
-        done, failed, sums = int(result.done), int(result.failed), result.metrics.numpy()
+    def start_call(self, feed: Feed, calls: Calls, before: Optional[Call] = None) -> Call:
+        """Starts a call on the next chunk, after the call `before` if that is in flight."""
+        began = time.perf_counter()
+        chunk = feed.next_chunk()
+        idle_since = max(began, before.idle_since()) if before else began
+        self.progress.waited_seconds += max(0.0, time.perf_counter() - idle_since)
+        return calls.start(chunk)
+
+    def finish_call(self, call: Call, calls: Calls, track: Track) -> bool:
+        """Waits for a call, and counts it. Returns True if a worker must stop. Raises DivergedError, DataError."""
+        state, world, batches = self.state, self.world, call.chunk.batches
+        outcome = call.outcome.result()
+        done, failed, counts = outcome.done, outcome.failed, outcome.counts
         if failed >= self.settings.train.nonfinite_limit():
-            self.raise_diverged(failed, state.step + done, world.gather(chunk.batches[done].keys))
+            calls.drain()
+            self.raise_diverged(failed, state.step + done, world.gather(batches[done].keys))
         if done:
-            self.progress.add_sums(sums, float(result.all_reduce))
+            self.progress.add_sums(outcome.sums, outcome.all_reduce)
             state.step += done
             state.failed = failed
-            state.nonfinite += done - int(sums[-1])
-            for lane, cursor in zip(world.lanes(world.batch_size), chunk.batches[done - 1].cursors):
+            state.nonfinite += done - int(outcome.sums[-1])
+            for lane, cursor in zip(world.lanes(world.batch_size), batches[done - 1].cursors):
                 state.cursors[lane] = cursor
-            counts = Counts(*map(int, result.counts.numpy()))
             state.counts = state.counts.plus(counts)
             if counts.bad or counts.lost:
-                self.progress.report_skips([skip for batch in chunk.batches[:done] for skip in batch.skipped])
+                calls.drain()
+                self.progress.report_skips([skip for batch in batches[:done] for skip in batch.skipped])
             track.update(state.step)
             self.progress.check_input()
-        return bool(result.stopped)
+        return outcome.stopped
 
     def validate(self, track: Track) -> bool:
         """Validates, saves new best weights and counts patience. Returns False if a stop interrupted it."""

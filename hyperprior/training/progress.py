@@ -45,8 +45,8 @@ class Progress:
     # Training ---------------------------------------------------------------------------------------------
 
     def restart_clock(self) -> None:
-        """Starts the time over which speeds are measured."""
-        self.began, self.all_reduce_seconds = time.perf_counter(), 0.0
+        """Starts the time over which speeds are measured. `waited_seconds` of it the devices had no input."""
+        self.began, self.all_reduce_seconds, self.waited_seconds = time.perf_counter(), 0.0, 0.0
 
     def add_sums(self, sums: np.ndarray, all_reduce_seconds: float) -> None:
         """Adds the sums of a call (`steps.SUMMED`) to the means that `log_means` reports."""
@@ -54,7 +54,7 @@ class Progress:
             self.state.sums[name] = self.state.sums.get(name, 0.0) + value
         self.all_reduce_seconds += all_reduce_seconds
 
-    def log_means(self, optimizer: Optimizer, waited_seconds: float, track: Track) -> None:
+    def log_means(self, optimizer: Optimizer, track: Track) -> None:
         """Reports means over the steps since the last report."""
         state = self.state
         seconds = max(time.perf_counter() - self.began, 1e-9)
@@ -64,7 +64,7 @@ class Progress:
         values["bpp"] = values["bpp_y"] + values["bpp_z"]
         values["learning_rate"] = float(optimizer.learning_rate(tf.constant(state.step - 1)))
         values["images_per_s"] = (state.step - state.logged_step) * self.world.batch_size / seconds
-        values["input_wait"] = waited_seconds / seconds
+        values["input_wait"] = self.waited_seconds / seconds
         if self.world.device_kind == "CPU":  # on a GPU the graph reads its clock before the queued work is done
             values["all_reduce"] = self.all_reduce_seconds / seconds
         values["skipped"] = state.counts.bad + state.counts.small

@@ -33,7 +33,7 @@ class Steps(NamedTuple):
     """
 
     done: tf.Tensor  # float32: steps taken; fewer than n after a stop or when training diverged
-    stopped: tf.Tensor  # bool: a worker was asked to stop
+    stopped: tf.Tensor  # bool: a worker was asked to stop, in this call or before it
     failed: tf.Tensor  # float32: number of non-finite steps in a row, up to the last step
     metrics: tf.Tensor  # [len(SUMMED)]
     counts: tf.Tensor  # [len(Counts)]: sums over the steps done
@@ -68,10 +68,10 @@ def build_model(
 def make_train_steps(
     world: World, model: ScaleHyperprior, optimizer: Optimizer, stop: tf.Variable, settings: Config
 ) -> Callable[..., Steps]:
-    """Makes f(images, counts, step, failed). All workers must call it with the same n.
+    """Makes f(images, counts, step, stopped, failed). All workers must call it with the same n.
 
     images, counts: per replica [n, b, P, P, 3] uint8 and [n, len(Counts)]; step: number of the first step, int64;
-    failed: number of non-finite steps in a row before it.
+    stopped, failed: those of the call before it. A call after a stop, or after too many failed steps, changes nothing.
 
     Every step reads `stop`. On a CPU a stop ends the call. On a GPU no number that a device computes decides which
     operations run, because the host could not queue the next step before the last one has ended: there the steps after
@@ -84,7 +84,7 @@ def make_train_steps(
         return ~stopped & (failed < limit)
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def train_steps(images: Any, counts: Any, step: tf.Tensor, failed: tf.Tensor) -> Steps:
+    def train_steps(images: Any, counts: Any, step: tf.Tensor, stopped: tf.Tensor, failed: tf.Tensor) -> Steps:
         num_steps = tf.shape(world.first(images))[0]
 
         def should_continue(index: tf.Tensor, before: Steps) -> tf.Tensor:
@@ -111,7 +111,7 @@ def make_train_steps(
             )
 
         zeros = tf.zeros(len(SUMMED)), tf.zeros(len(Counts._fields)), tf.constant(0.0, tf.float64)
-        before = Steps(tf.constant(0.0), tf.constant(False), tf.cast(failed, tf.float32), *zeros)
+        before = Steps(tf.constant(0.0), stopped, failed, *zeros)
         return tf.while_loop(should_continue, take_step, (tf.constant(0), before))[1]
 
     return train_steps

@@ -45,6 +45,11 @@ class Timetable:
         every = self.every[event]
         return bool(every) and (step % every == 0 or (event == "validate" and step == self.total))
 
+    def must_pause(self, step: int) -> bool:
+        """Whether the loop does more than train after `step` steps, so that the next call must not have started."""
+        events = ("images", "validate", "checkpoint")
+        return step == self.total or step in self.profile or any(self.is_due(event, step) for event in events)
+
     def end_of_call(self, step: int) -> int:
         """The step at which a call that begins at `step` ends. A call never passes a step with a due event."""
         return min(

@@ -25,11 +25,9 @@ def test_a_worker_that_stops_takes_as_many_steps_a_call_as_the_others(tmp_path: 
     world, stop = World(settings.distribute, 4), StopRequest()
     splits = open_splits(settings.data, 4, count=False)
     timetable = Timetable(settings, 0, has_validation=False)
+    stop.request()
     feed = Feed(world, splits.train, settings, timetable, [Cursor()] * 4, 0, stop, Terminal(quiet=True))
     with contextlib.closing(feed):
-        first = feed.next_chunk()
-        assert len(first.batches) == 4
-        stop.request()
-        blank = feed.next_chunk()
-    assert blank.batches == [] and not blank.counts.any()
-    assert [len(part) for part in (*blank.images, blank.counts)] == [3, 3]  # up to the checkpoint of step 7
+        chunks = [feed.next_chunk() for _ in range(3)]
+    assert [(chunk.step, len(world.first(chunk.images))) for chunk in chunks] == [(0, 4), (4, 3), (7, 3)]
+    assert not any(chunk.batches or world.first(chunk.counts).numpy().any() for chunk in chunks)

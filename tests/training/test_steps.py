@@ -50,7 +50,7 @@ def make_call(device_kind: str, *words: str) -> Call:
     run = steps.make_train_steps(world, model, optimizer, stop, settings)
     side = settings.data.patch_size
     inputs = tf.zeros((3, 2, side, side, 3), tf.uint8), tf.zeros((3, len(Counts._fields)))
-    return Call(run, (*inputs, tf.constant(0, tf.int64), tf.constant(0)), optimizer, stop)
+    return Call(run, (*inputs, tf.constant(0, tf.int64), tf.constant(False), tf.constant(0.0)), optimizer, stop)
 
 
 def every_node(graph: tf.compat.v1.GraphDef) -> Iterator[Any]:
