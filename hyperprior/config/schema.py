@@ -172,8 +172,8 @@ class Train(Section):
     )
     start_from: Optional[str] = field(
         None,
-        "start from the best weights of a run, from a model file, or from a model in the box such as q3; dimensions "
-        "must be the same; y is scaled to this run's lambda",
+        "start from the best weights of a run, from a model file, or from a model in the box such as q3; y is scaled "
+        "to this run's lambda; dimensions must be the same, but num_filters may be larger",
     )
     proxy: Literal["noise", "rounded"] = field(
         "noise", "input of g_s in training: y with uniform noise, or y rounded, with a straight-through gradient"

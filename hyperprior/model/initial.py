@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hyperprior import config
-from hyperprior.model.architecture import LATENT_GAIN
+from hyperprior.model.architecture import LATENT_GAIN, ROOT_OFFSET
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.model.layers import GDN_GAMMA
 
@@ -119,6 +119,28 @@ def start_as_wavelets(model: ScaleHyperprior, loss: config.Loss, scale_min: floa
     values["h_s/2/bias"][: len(log_scales)] += np.array(log_scales, np.float32)
     for name, variable in variables.items():
         variable.assign(values[name])
+
+
+def widen(narrow: dict[str, np.ndarray], wide: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights of a model with fewer filters, placed into a wider one so that it computes the same.
+
+    No new channel feeds an old one, as in Net2Net (Chen, Goodfellow, Shlens, ICLR 2016). The weights that feed the new
+    channels are those of `wide`.
+    """
+    widened = dict(narrow)
+    for name, old in narrow.items():
+        new = wide[name]
+        if name.startswith("g_") and new.shape > old.shape:
+            widened[name] = new = new.copy()
+            if old.ndim == 1:
+                new[: len(old)] = old
+                continue
+            if name.startswith("g_s") and name.endswith("kernel"):  # of a transposed convolution: outputs, then inputs
+                new, old = new.swapaxes(-1, -2), old.swapaxes(-1, -2)
+            inputs, outputs = old.shape[-2:]
+            new[..., inputs:, :outputs] = ROOT_OFFSET if name.endswith("gamma") else 0.0
+            new[..., :inputs, :outputs] = old
+    return widened
 
 
 def rescale(arrays: dict[str, np.ndarray], before: config.Loss, now: config.Loss) -> dict[str, np.ndarray]:

@@ -152,6 +152,8 @@ def set_start_weights(model: ScaleHyperprior, settings: Config, warn: Callable[[
         is_run = (origin / "config.yaml").is_file()
         trained = checkpoint.best_weights(origin, warn) if is_run else codec.load(origin).trained_weights()
         arrays = initial.rescale(trained.arrays, trained.settings.loss, settings.loss)
+        if trained.settings.model.num_filters < settings.model.num_filters:
+            arrays = initial.widen(arrays, {name: v.numpy() for name, v in model.named_variables().items()})
         storage.assign_arrays(model.named_variables(), arrays, f"train.start_from: {origin}")
     elif settings.train.initial == "wavelet":
         initial.start_as_wavelets(model, settings.loss, settings.model.scale_min)

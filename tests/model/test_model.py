@@ -182,6 +182,25 @@ def test_rescaled_weights_quantise_finer_and_are_otherwise_the_same_model() -> N
     np.testing.assert_allclose(finer.h_s(z), small.h_s(z) + math.log(2.0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_wider_model_starts_as_the_narrow_one_it_is_made_from() -> None:
+    narrow, wide = ScaleHyperprior(SETTINGS), ScaleHyperprior(SETTINGS.model_copy(update={"num_filters": 20}))
+    rng = np.random.default_rng(0)
+    weights = {  # trained gammas have no zeros, so a wrong axis shows
+        name: v.numpy() + np.float32(0.01) * rng.random(v.shape, np.float32)
+        for name, v in narrow.named_variables().items()
+    }
+    storage.assign_arrays(narrow.named_variables(), weights, "test")
+    widened = initial.widen(weights, {name: v.numpy() for name, v in wide.named_variables().items()})
+    storage.assign_arrays(wide.named_variables(), widened, "test")
+    x = images(3, 2, 128, 128)
+    noise = [tf.zeros((2, *shape)) for shape in narrow.latent_shapes(128, 128)]
+    before, after = narrow.train(x, *noise), wide.train(x, *noise)
+    for name in ("x_hat", "bits_y", "bits_z"):
+        np.testing.assert_allclose(getattr(after, name), getattr(before, name), rtol=1e-4, atol=1e-5)
+    # The new channels differ from each other, and nothing but the old channels reaches the output yet.
+    assert not np.array_equal(widened["g_a/0/kernel"][..., 8], widened["g_a/0/kernel"][..., 9])
+
+
 def test_low_precision_stays_inside_the_transforms() -> None:
     m = ScaleHyperprior(SETTINGS, "bfloat16")
     x = images(1, 1, 64, 64)

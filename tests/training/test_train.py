@@ -264,8 +264,8 @@ def test_a_run_starts_from_the_best_weights_of_another(
         assert np.allclose(arrays[f"optimizer/average/{name}"], array, rtol=1e-6), name
     rows = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "val"] == [0, 2, 4]  # 0: the weights that it starts from
-    refused = hyperprior("train", *later, "model.num_filters=16", "--run", "third", check=2).stderr
-    assert "train.start_from: first: `g_a/0/bias` has shape (8,); this config expects (16,)" in refused
+    refused = hyperprior("train", *later, "model.num_filters=4", "--run", "third", check=2).stderr
+    assert "train.start_from: first: `g_a/0/bias` has shape (8,); this config expects (4,)" in refused
     refused = hyperprior("train", *later, "train.start_from=nowhere", "--run", "third", check=2).stderr
     assert "nowhere is no model: give a run" in refused
     # An exported model keeps h_s as integers, so its weights differ by rounding.
