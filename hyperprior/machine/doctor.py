@@ -32,6 +32,8 @@ from hyperprior.model.work import work_of_layers
 
 OLDEST_DRIVERS = {"11": "450.80", "12": "525.60"}  # for each major version of CUDA
 READ_SECONDS = 3.0
+GPU_STEPS = (0.005, 0.010, 0.020)  # seconds
+GPU_PATCHES = 8  # of a GPU's step
 # Peak memory of a step on a CPU: a multiple of the activations' memory, and TensorFlow's own memory. N=128 with eight
 # 256 x 256 patches takes 1.8 GiB.
 PER_ACTIVATION, BASE = 4.0, 0.5 * 2**30
@@ -204,8 +206,12 @@ def check_sources(settings: Config) -> list[Finding]:
     if share > settings.data.max_bad_fraction:
         remedy = f"{remedy}; training stops beyond data.max_bad_fraction={settings.data.max_bad_fraction}"
     read = Finding("sources", text, remedy)
+    fed = ", ".join(f"{rate * step / GPU_PATCHES:.1f} at {1000 * step:.0f} ms" for step in GPU_STEPS)
+    text = f"GPUs that one process on these cores can keep busy, by the time of {GPU_PATCHES} patches: {fed}"
+    findings = [read, Finding("feeds", text)]
     if tf.config.list_physical_devices("GPU"):
-        return [read, Finding("bottleneck", "`hyperprior bench CONFIG step input` measures step and input on the GPU")]
+        text = "`hyperprior bench CONFIG step input` measures step and input on the GPU"
+        return [*findings, Finding("bottleneck", text)]
     model = ScaleHyperprior(settings.model)
     flop = sum(layer.flop * layer.passes for layer in work_of_layers(model, side))
     matrix = tf.random.normal((1024, 1024))
@@ -214,7 +220,7 @@ def check_sources(settings: Config) -> list[Finding]:
     limit = "the model's arithmetic" if rate > most else "the input"
     text = f"{limit}: the CPU's arithmetic allows at most {most:.0f} patches a second, the input {rate:.0f}"
     remedy = None if rate > most else "use more cores, or smaller images (`hyperprior pack --max-side`)"
-    return [read, Finding("bottleneck", text, remedy)]
+    return [*findings, Finding("bottleneck", text, remedy)]
 
 
 def to_dict(findings: list[Finding]) -> list[dict[str, Any]]:
