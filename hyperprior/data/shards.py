@@ -25,7 +25,10 @@ FILES_PER_PART = 1000  # a directory with more images is cut into parts
 
 
 class Sample(NamedTuple):
-    """One encoded image of a shard: its place in a file, from which `read` reads it, or its bytes from a stream."""
+    """One encoded image of a shard: its place in a file, from which `read` reads it, or its bytes from a stream.
+
+    `problem`: why it has neither.
+    """
 
     shard: str
     key: str
@@ -33,6 +36,7 @@ class Sample(NamedTuple):
     offset: int = 0
     size: Optional[int] = None
     data: Optional[bytes] = None
+    problem: str = ""
 
     @property
     def name(self) -> str:
@@ -40,6 +44,8 @@ class Sample(NamedTuple):
 
     def read(self) -> bytes:
         """The encoded image. Raises DataError."""
+        if self.problem:
+            raise DataError(self.problem)
         if self.data is not None:
             return self.data
         if self.size is not None:
@@ -74,15 +80,17 @@ class Shard:
         is, at the latest after the last sample.
         """
         if self.kind == "url":
-            for name, data in itertools.islice(tars.stream_images(self.path), self.part, None, self.parts):
-                yield Sample(self.name, make_key(name), data=data)
+            streamed = tars.stream_images(self.path)
+            for name, data, problem in itertools.islice(streamed, self.part, None, self.parts):
+                yield Sample(self.name, make_key(name), data=data, problem=problem)
         elif self.kind == "files":
             for file in self.files[self.part :: self.parts]:
                 yield Sample(self.name, make_key(file), str(Path(self.path, file)))
         else:
             images = tars.list_images(self.path, self.offset, self.size, self.name, self.kind == "loose")
             for member in images[self.part :: self.parts]:
-                yield Sample(self.name, make_key(member.name), self.path, member.offset, member.size)
+                place = self.path, member.offset, member.size
+                yield Sample(self.name, make_key(member.name), *place, problem=member.problem)
 
     def split(self, parts: int) -> list[Shard]:
         """The shard as `parts` interleaved shards."""
@@ -197,8 +205,10 @@ def open_tar(path: str, size: int) -> list[Shard]:
         return [whole]
     shards = []
     members = tars.list_members(path, 0, size, path)
-    for name, offset, length in members:
+    for name, offset, length, problem in members:
         if is_tar(name):
+            if problem:
+                raise DataError(f"{path}//{name} cannot be read: {problem}")
             tars.check_ends(path, offset, length, f"{path}//{name}")
             shards.append(Shard("tar", path, f"{path}//{name}", size=length, offset=offset))
     if any(is_training_image(member.name) for member in members):

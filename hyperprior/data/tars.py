@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import posixpath
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
@@ -20,14 +21,16 @@ BLOCK = tarfile.BLOCKSIZE
 INDEXED = 1024  # tars whose members are cached: enough for all tars of ImageNet, 250 MB
 OPEN_FILES = 128
 READ_AHEAD = 1 << 20
+MAX_LINKS = 40  # that lead to one file, as in Linux
 
 
 class Member(NamedTuple):
-    """A regular file of a tar: `offset` and `size` of its data in the outermost file."""
+    """A file of a tar: `offset` and `size` of its data in the outermost file, or the `problem` why it has none."""
 
     name: str
-    offset: int
-    size: int
+    offset: int = 0
+    size: int = 0
+    problem: str = ""
 
 
 def is_tar(name: str) -> bool:
@@ -95,30 +98,55 @@ class Window:
 
 @functools.lru_cache(maxsize=INDEXED)
 def list_members(path: str, offset: int, size: int, name: str) -> tuple[Member, ...]:
-    """Every regular file of the tar in bytes [offset, offset + size) of `path`. Errors call the tar `name`.
+    """Every file of the tar in bytes [offset, offset + size) of `path`. Errors call the tar `name`.
 
-    After its last member a tar must have zeros, and nothing else. Otherwise DataError is raised, and also if a member
-    runs past the end of the tar.
+    A hard or symbolic link is the file of the tar that it leads to. After its last member a tar must have zeros, and
+    nothing else. Otherwise DataError is raised, and also if a member runs past the end of the tar.
     """
     window = Window(path, offset, size)
     try:
         with tarfile.open(fileobj=window, mode="r:") as tar:  # type: ignore[call-overload]
-            members = [member for member in tar if member.isreg()]
+            entries = [member for member in tar if not member.isdir()]
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"{name} is damaged or not an uncompressed tar: {error}") from error
-    for member in members:
+    for member in entries:
         if member.issparse():
             raise DataError(f"{name} holds {member.name} as a sparse file, in pieces; make the tar without --sparse")
-        if member.offset_data + member.size > size:
+        if member.isreg() and member.offset_data + member.size > size:
             raise make_damage_error(name, f"member {member.name} runs past the end of the file")
     if size < end + BLOCK:
-        raise make_damage_error(name, f"it is cut off after {len(members)} members")
+        raise make_damage_error(name, f"it is cut off after {len(entries)} members")
     window.seek(end)
     while block := window.read(READ_AHEAD):
         if block.strip(b"\0"):
-            raise make_damage_error(name, f"a header at byte {end} is damaged, after {len(members)} members")
-    return tuple(Member(member.name, offset + member.offset_data, member.size) for member in members)
+            raise make_damage_error(name, f"a header at byte {end} is damaged, after {len(entries)} members")
+    by_path = {posixpath.normpath(entry.name): entry for entry in entries}
+    return tuple(make_member(entry, by_path, offset) for entry in entries)
+
+
+def make_member(entry: tarfile.TarInfo, by_path: Mapping[str, tarfile.TarInfo], offset: int) -> Member:
+    target: tarfile.TarInfo | None = entry
+    for _ in range(MAX_LINKS):
+        if target is None or target.isreg():
+            break
+        target = by_path.get(path_of_target(target))
+    if target and target.isreg():
+        return Member(entry.name, offset + target.offset_data, target.size)
+    return Member(entry.name, problem=f"it is {describe_no_file(entry)}, not a file of this tar")
+
+
+def path_of_target(link: tarfile.TarInfo) -> str:
+    """The path that a link leads to, within its tar. A symbolic link is relative to its folder."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))
+
+
+def describe_no_file(entry: tarfile.TarInfo) -> str:
+    """Why a member that is no regular file cannot be read."""
+    if entry.issym() or entry.islnk():
+        return f"a link to {entry.linkname}"
+    return "neither a file nor a link"
 
 
 @functools.lru_cache(maxsize=INDEXED)
@@ -141,7 +169,7 @@ def find_first_image_or_tar(path: str, size: int) -> str | None:
     """The name of the first member that is an image or a tar. The rest is not read. Raises DataError."""
     try:
         with tarfile.open(fileobj=Window(path, 0, size), mode="r:") as tar:  # type: ignore[call-overload]
-            names = (member.name for member in tar if member.isreg())
+            names = (member.name for member in tar if not member.isdir())
             return next((name for name in names if is_training_image(name) or is_tar(name)), None)
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is damaged or not an uncompressed tar: {error}") from error
@@ -183,10 +211,11 @@ class CountingStream:
         return data
 
 
-def stream_images(url: str) -> Iterator[tuple[str, bytes]]:
-    """(member name, bytes) of the images of the tar at a URL. webdataset's opener reads the URL once, from the front.
+def stream_images(url: str) -> Iterator[tuple[str, bytes, str]]:
+    """(member name, bytes, problem) of the images of the tar at a URL, which webdataset's opener reads once.
 
-    Raises DataError where the damage is, at the latest after the last image.
+    A link has a problem instead of bytes: its file may be far back in the stream. Raises DataError where the damage is,
+    at the latest after the last image.
     """
     from webdataset.gopen import gopen
 
@@ -202,7 +231,9 @@ def stream_images(url: str) -> Iterator[tuple[str, bytes]]:
                             f"local files only; give the inner tars as separate URLs"
                         )
                     if member.isreg() and is_training_image(member.name):
-                        yield member.name, tar.extractfile(member).read()
+                        yield member.name, tar.extractfile(member).read(), ""
+                    elif not member.isdir() and is_training_image(member.name):
+                        yield member.name, b"", f"it is {describe_no_file(member)}; a stream holds no links"
                     end = tar.offset
                     tar.members = []  # otherwise tarfile keeps every header in memory
             while counting.read(READ_AHEAD):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import http.server
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,9 +18,11 @@ import pytest
 from conftest import encoded, photo, photos, tar_bytes
 
 from hyperprior.data import lanes
+from hyperprior.data.inspect import inspect
 from hyperprior.data.lanes import Cursor, Keep, read_lane
 from hyperprior.data.shards import Shard, open_sources
 from hyperprior.errors import ConfigError, DataError
+from hyperprior.terminal import Terminal
 
 
 def keys(shards: list[Shard]) -> list[str]:
@@ -141,6 +145,81 @@ def damaged(whole: bytes, how: str) -> bytes:
 
 
 DAMAGES = ["cut in the middle", "cut at a member", "garbage header", "zero header", "flipped checksum"]
+
+
+def linked_tar(path: Path) -> list[str]:
+    """Writes a tar of two photographs with many links to them. Returns the keys whose links lead nowhere."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in photos(2):
+            info = tarfile.TarInfo("./class/" + name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        first, second = (f"class/{name}" for name, _ in photos(2))
+        kinds = {
+            "hard.jpg": (tarfile.LNKTYPE, first),
+            "class/soft.jpg": (tarfile.SYMTYPE, Path(second).name),
+            "other/up.jpg": (tarfile.SYMTYPE, f"../{second}"),
+            "chain.jpg": (tarfile.SYMTYPE, "other/up.jpg"),
+            "early.jpg": (tarfile.LNKTYPE, "chain.jpg"),
+            "gone.jpg": (tarfile.SYMTYPE, "nowhere.jpg"),
+            "outside.jpg": (tarfile.SYMTYPE, "/etc/hostname"),
+            "above.jpg": (tarfile.SYMTYPE, f"../../{first}"),
+            "loop.jpg": (tarfile.SYMTYPE, "loop.jpg"),
+            "lost.jpg": (tarfile.LNKTYPE, "nowhere.jpg"),
+            "pipe.jpg": (tarfile.FIFOTYPE, ""),
+        }
+        for name, (kind, target) in kinds.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+        folder = tarfile.TarInfo("folder.jpg")  # is no image
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    return ["gone", "outside", "above", "loop", "lost", "pipe"]
+
+
+def test_links_in_a_tar_are_the_files_that_they_lead_to_or_are_named(tmp_path: Path) -> None:
+    broken = linked_tar(tmp_path / "t.tar")
+    (shard,) = open_sources([str(tmp_path / "t.tar")], "x")
+    samples = {sample.key: sample for sample in shard.samples()}
+    first, second = (data for _, data in photos(2))
+    assert {key for key, sample in samples.items() if sample.problem} == set(broken)
+    read = {key: sample.read() for key, sample in samples.items() if not sample.problem}
+    assert len(read) == 2 + 5 and read["hard"] == first
+    assert {read[key] for key in ("class/soft", "other/up", "chain", "early")} == {second}
+    with pytest.raises(DataError, match="it is a link to nowhere.jpg, not a file of this tar"):
+        samples["gone"].read()
+    report = inspect([str(tmp_path / "t.tar")], 64, False, Terminal(quiet=True))
+    assert {name.split(": ")[1] for name, _ in report.unusable} == set(broken) and report.images == 13
+
+
+def test_links_in_a_streamed_tar_are_named(served: str, tmp_path: Path) -> None:
+    broken = linked_tar(tmp_path / "t.tar")
+    (shard,) = open_sources([f"{served}/t.tar"], "x")
+    samples = {sample.key: sample.problem for sample in shard.samples()}
+    assert {key for key, problem in samples.items() if problem} == {
+        *broken,
+        "hard",
+        "class/soft",
+        "other/up",
+        "chain",
+        "early",
+    }
+    assert "it is a link to nowhere.jpg; a stream holds no links" in samples["lost"]
+
+
+def test_a_link_to_a_tar_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    inner = tar_bytes(photos(3))
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        info = tarfile.TarInfo("a.tar")
+        info.size = len(inner)
+        tar.addfile(info, io.BytesIO(inner))
+        for name, target in (("b.tar", "a.tar"), ("c.tar", "nowhere.tar")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+    with pytest.raises(DataError, match="c.tar cannot be read: it is a link to nowhere.tar"):
+        open_sources([str(tmp_path / "t.tar")], "x")
 
 
 def test_a_sparse_member_is_named(tmp_path: Path) -> None:
