@@ -10,7 +10,10 @@ import atexit
 import contextlib
 import functools
 import io
+import re
+import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -26,7 +29,10 @@ TRAINING_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm")
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images too, as decompression bombs
 TRANSPARENT_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
-EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+PPM_WITH_MAXIMUM = (b"P2", b"P3", b"P5", b"P6")
 
 
 class Unusable(Exception):
@@ -86,8 +92,8 @@ def decode_photo(data: bytes) -> tuple[np.ndarray, list[str]]:
         notes.append("CMYK is converted without a colour profile")
     elif image.info.get("icc_profile"):
         notes.append("its colour profile is dropped")
-    if image.mode.startswith("I"):
-        notes.append("16 bits are reduced to 8")
+    if (depth := find_bits_per_channel(data, image)) > 8:
+        notes.append(f"{depth} bits are reduced to 8")
     with contextlib.suppress(Exception):  # Pillow raises many types for broken later frames
         if (frames := getattr(image, "n_frames", 1)) > 1:
             notes.append(f"only the first of {frames} frames is kept")
@@ -100,16 +106,60 @@ def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINING_FORMAT
     try:
         with warnings.catch_warnings():  # the size is checked below
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=formats)
+            image = Image.open(io.BytesIO(without_png_metadata(data)), formats=formats)
     except Exception as error:  # Pillow raises many types for broken headers
         names = "an image that Pillow opens" if formats is None else "a PNG, BMP, TIFF or JPEG"
         raise Unusable(f"not {names}" if isinstance(error, OSError) else str(error)) from error
+    if image.format == "PNG" and b"iCCP" in data[: data.find(b"IDAT")]:
+        image.info["icc_profile"] = b"left out"
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise Unusable(f"an image of {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
     return image
 
 
+def without_png_metadata(data: bytes) -> bytes:
+    """A PNG without the chunks that do not change its pixels. Pillow refuses an image for a fault in one of them.
+
+    EXIF stays, because it has the orientation, and animation stays. Other bytes than a PNG are returned as they are.
+    """
+    if data[:8] != PNG_SIGNATURE:
+        return data
+    kept, position = [PNG_SIGNATURE], 8
+    while position + 12 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, position)
+        chunk = data[position : position + 12 + size]
+        is_critical = not kind[0] & 0x20  # a capital letter
+        if is_critical or (kind in PNG_KEPT and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")):
+            kept.append(chunk)
+        position += len(chunk)
+        if kind == b"IEND":
+            break
+    return b"".join(kept)
+
+
+def find_bits_per_channel(data: bytes, image: Image.Image) -> int:
+    """Bits per channel in the file, where its format can have more than 8. Pillow reduces most of them to 8 itself."""
+    with contextlib.suppress(IndexError, ValueError):
+        if image.format == "PNG":
+            return data[24]
+        if image.format == "TIFF":
+            bits = image.tag_v2.get(BITS_PER_SAMPLE, 8)  # type: ignore[attr-defined]
+            return max(bits) if isinstance(bits, tuple) else bits
+        if image.format == "JPEG2000":
+            return (data[data.index(b"\xff\x51") + 40] & 0x7F) + 1
+        if image.format == "AVIF":
+            flags = data[data.index(b"av1C") + 6]
+            return (12 if flags & 0x20 else 10) if flags & 0x40 else 8
+        if image.format == "PPM":
+            header = re.sub(rb"#[^\n]*", b"", data[:1000]).split(None, 4)
+            return int(header[3]).bit_length() if header[0] in PPM_WITH_MAXIMUM else 8
+    return 16 if image.mode.startswith("I") else 8
+
+
 def has_transparency(image: Image.Image) -> bool:
+    if image.format == "BMP" and image.mode == "RGBA":
+        with contextlib.suppress(Exception):  # a truncated file; decoding reports it
+            return tuple(image.getextrema())[-1] != (0, 0)  # viewers ignore an alpha channel that nobody wrote
     return image.mode in TRANSPARENT_MODES or "transparency" in image.info
 
 

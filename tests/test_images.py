@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,94 @@ def test_real_photographs_decode_as_pillow_does(samples: Path) -> None:
     for sample in list(shard.samples())[:20]:
         data = sample.read()
         assert np.array_equal(decode(data), pixels(Image.open(io.BytesIO(data)))), sample.key
+
+
+def chunk(kind: bytes, content: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def png(values: np.ndarray, colour: int, *extra: bytes) -> bytes:
+    """Encodes [H, W, C] uint8 or uint16 as a PNG of this colour type."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(values.dtype.newbyteorder(">")).tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 8 * values.itemsize, colour, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * (3 << 20))),
+        chunk(b"iTXt", b"XML\0\1\0\0\0" + zlib.compress(b"x" * (3 << 20))),
+        chunk(b"tEXt", b"Comment\0" + b"y" * (3 << 20)) * 30,
+        chunk(b"iCCP", b"p\0\0" + zlib.compress(b"z" * (2 << 20))),
+        chunk(b"iCCP", b"p\0\0 not compressed"),
+        chunk(b"tIME", b"1234567", 0),
+        chunk(b"gAMA", b"1234", 0),
+        chunk(b"eXIf", b"MM", 0),
+        chunk(b"pHYs", b""),
+        chunk(b"cHRM", b"short"),
+    ],
+)
+def test_a_fault_in_what_does_not_change_the_pixels_costs_no_pixels(extra: bytes) -> None:
+    data = png(pixels(photo(3)), 2, extra)
+    assert np.array_equal(decode(data), pixels(photo(3)))
+    image, notes = images.decode_photo(data)
+    assert np.array_equal(image, pixels(photo(3)))
+    assert notes == (["its colour profile is dropped"] if b"iCCP" in extra else [])
+
+
+def test_a_fault_in_the_pixels_of_a_png_is_an_error() -> None:
+    data = bytearray(png(pixels(photo(3)), 2))
+    data[data.index(b"IDAT") + 8] ^= 1
+    with pytest.raises(Unusable, match="corrupt"):
+        decode(bytes(data))
+
+
+def tiff16(values: np.ndarray) -> bytes:
+    """Encodes [H, W, 3] uint16 as a TIFF."""
+    height, width = values.shape[:2]
+    short = {256: width, 257: height, 259: 1, 262: 2, 277: 3, 278: height, 284: 1}
+    rows = [(tag, 3, 1, value) for tag, value in short.items()]
+    rows += [(258, 3, 3, 8), (273, 4, 1, 14), (279, 4, 1, values.nbytes)]
+    table = b"".join(struct.pack("<HHII", *row) for row in sorted(rows))
+    end = struct.pack("<H", len(rows)) + table + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<IHHH", 14 + values.nbytes, 16, 16, 16) + values.astype("<u2").tobytes() + end
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "gray and alpha", "gray", "TIFF", "PPM"])
+def test_a_reduced_depth_is_noted(kind: str) -> None:
+    colours = pixels(photo(3)).astype(np.uint16) * 257
+    opaque = np.full((*colours.shape[:2], 1), 65535, np.uint16)
+    gray = colours[..., :1]
+    data = {
+        "RGB": png(colours, 2),
+        "RGBA": png(np.concatenate([colours, opaque], -1), 6),
+        "gray and alpha": png(np.concatenate([gray, opaque], -1), 4),
+        "gray": png(gray, 0),
+        "TIFF": tiff16(colours),
+        "PPM": b"P6 # 16 bits\n96 80\n65535\n" + colours.astype(">u2").tobytes(),
+    }[kind]
+    image, notes = images.decode_photo(data)
+    expected = np.repeat(gray // 257, 3, -1) if "gray" in kind else pixels(photo(3))
+    assert np.abs(image.astype(int) - expected).max() <= 1 and "16 bits are reduced to 8" in notes
+    assert not any(
+        "bits" in note for note in images.decode_photo(encoded(photo(3), "PPM" if kind == "PPM" else "PNG"))[1]
+    )
+
+
+@pytest.mark.parametrize("alpha", [0, 128])
+def test_an_alpha_channel_of_a_bmp_that_nobody_wrote_is_ignored(alpha: int) -> None:
+    rgb = pixels(photo(4))
+    height, width = rgb.shape[:2]
+    body = np.dstack([rgb[::-1, :, ::-1], np.full(rgb.shape[:2], alpha, np.uint8)]).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(body), 2835, 2835, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"\0" * 52
+    size = 14 + len(header)
+    data = b"BM" + struct.pack("<IHHI", size + len(body), 0, 0, size) + header + body
+    flattened = pixels(Image.fromarray(rgb)) if alpha == 0 else None
+    image, notes = images.decode_photo(data)
+    assert np.array_equal(decode(data), image)
+    assert bool(notes) == bool(alpha) and (flattened is None or np.array_equal(image, flattened))
