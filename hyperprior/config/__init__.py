@@ -6,7 +6,7 @@ checked here, before anything slow starts. Read in this order:
     schema     the keys, their meaning, and their allowed values
     dialect    YAML with fewer surprises
     reading    a file and `section.key=value` → Config, or an error that names the key
-    writing    Config → YAML with comments, JSON schema, and the differences between two configs
+    writing    Config → YAML with comments, JSON schema, the differences between two configs, and no secrets
 """
 
 from hyperprior.config.reading import load_config, validate
@@ -21,11 +21,22 @@ from hyperprior.config.schema import (
     Summaries,
     Train,
 )
-from hyperprior.config.writing import Difference, differences, flatten, json_schema, render
+from hyperprior.config.writing import (
+    SOURCES,
+    Difference,
+    differences,
+    flatten,
+    hide_secrets,
+    json_schema,
+    render,
+    without_secrets,
+    without_sources,
+)
 
 __all__ = [
     "DOWNSAMPLING",
     "MS_SSIM_MIN_SIDE",
+    "SOURCES",
     "Config",
     "Data",
     "Difference",
@@ -36,8 +47,11 @@ __all__ = [
     "Train",
     "differences",
     "flatten",
+    "hide_secrets",
     "json_schema",
     "load_config",
     "render",
     "validate",
+    "without_secrets",
+    "without_sources",
 ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
 
+from hyperprior.config import hide_secrets
 from hyperprior.data import tars
 from hyperprior.data.tars import is_tar
 from hyperprior.errors import ConfigError, DataError
@@ -80,7 +81,7 @@ class Shard:
         is, at the latest after the last sample.
         """
         if self.kind == "url":
-            streamed = tars.stream_images(self.path)
+            streamed = tars.stream_images(self.path, self.name)
             for name, data, problem in itertools.islice(streamed, self.part, None, self.parts):
                 yield Sample(self.name, make_key(name), data=data, problem=problem)
         elif self.kind == "files":
@@ -118,7 +119,9 @@ def open_sources(sources: Iterable[str], key: str, *, allow_pipe: bool = False) 
         for location in expand_braces(source):
             source_shards += open_location(location, key, allow_pipe)
         if not source_shards:
-            raise DataError(f"{key}: {source} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))}) and no tar")
+            raise DataError(
+                f"{key}: {hide_secrets(source)} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))}) and no tar"
+            )
         shards += source_shards
     return shards
 
@@ -133,7 +136,7 @@ def expand_braces(source: str) -> list[str]:
         return list(braceexpand.braceexpand(source))
     except ValueError as error:
         raise ConfigError(
-            f"{source} is not a valid brace pattern: {error}; write shards-{{000000..000127}}.tar"
+            f"{hide_secrets(source)} is not a valid brace pattern: {error}; write shards-{{000000..000127}}.tar"
         ) from error
 
 
@@ -142,10 +145,11 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
     is_pipe = location.lower().startswith("pipe:")
     if is_pipe and not allow_pipe:
         raise ConfigError(
-            f"{key}: {location} would run a shell command; set data.allow_pipe=true (--allow-pipe) to allow it"
+            f"{key}: {hide_secrets(location)} would run a shell command; set data.allow_pipe=true (--allow-pipe) to "
+            f"allow it"
         )
     if is_pipe or "://" in location:
-        return [Shard("url", location, location)]
+        return [Shard("url", location, hide_secrets(location))]
     path = Path(location).expanduser()
     try:
         if path.is_dir():
@@ -216,8 +220,13 @@ def open_tar(path: str, size: int) -> list[Shard]:
     return shards
 
 
-def identify_shards(shards: list[Shard]) -> list[list[Any]]:
-    """Identifies the data, whatever its folder: the last part of each name, the size or the files, and the part."""
+def identify_shards(shards: list[Shard], *, as_in_0_1: bool = False) -> list[list[Any]]:
+    """Identifies the data, whatever its folder: the last part of each name, the size or the files, and the part.
+
+    Version 0.1.0 took the query of a URL for a part of its name.
+    """
+    names = [shard.path if shard.kind == "url" and as_in_0_1 else shard.name for shard in shards]
     return [
-        [PurePosixPath(s.name).name, s.size, len(s.files), s.files[:1] + s.files[-1:], s.part, s.parts] for s in shards
+        [PurePosixPath(name).name, s.size, len(s.files), s.files[:1] + s.files[-1:], s.part, s.parts]
+        for name, s in zip(names, shards)
     ]

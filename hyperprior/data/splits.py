@@ -42,14 +42,15 @@ class Splits:
 
     def fingerprint(self) -> str:
         """Identifies the data, whatever its folder, by the names, sizes and parts of shards and by the counted keys."""
-        return self._hash(lambda keep: tuple(keep))
+        return self._hash(lambda keep: tuple(keep), as_in_0_1=False)
 
     def fingerprint_of_0_1(self) -> str:
         """The fingerprint that version 0.1.0 wrote into checkpoints. It contains the text of the tuple `Keep`."""
-        return self._hash(lambda keep: keep)
+        return self._hash(lambda keep: keep, as_in_0_1=True)
 
-    def _hash(self, plain: Callable[[Keep], object]) -> str:
-        parts = [(shards.identify_shards(s.shards), plain(s.keep), s.digest) for s in (self.train, self.val, self.test)]
+    def _hash(self, plain: Callable[[Keep], object], as_in_0_1: bool) -> str:
+        splits = self.train, self.val, self.test
+        parts = [(shards.identify_shards(s.shards, as_in_0_1=as_in_0_1), plain(s.keep), s.digest) for s in splits]
         return f"{draw(parts):016x}"
 
 

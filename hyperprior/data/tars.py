@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
+from hyperprior.config import hide_secrets
 from hyperprior.errors import DataError
 from hyperprior.images import is_training_image
 
@@ -211,9 +212,10 @@ class CountingStream:
         return data
 
 
-def stream_images(url: str) -> Iterator[tuple[str, bytes, str]]:
+def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
     """(member name, bytes, problem) of the images of the tar at a URL, which webdataset's opener reads once.
 
+    Errors call the tar `name`, because the URL may hold secrets.
     A link has a problem instead of bytes: its file may be far back in the stream. Raises DataError where the damage is,
     at the latest after the last image.
     """
@@ -227,7 +229,7 @@ def stream_images(url: str) -> Iterator[tuple[str, bytes, str]]:
                 for member in tar:
                     if member.isreg() and is_tar(member.name):
                         raise DataError(
-                            f"{url}: member {member.name} is a tar; nested tars are read in place from "
+                            f"{name}: member {member.name} is a tar; nested tars are read in place from "
                             f"local files only; give the inner tars as separate URLs"
                         )
                     if member.isreg() and is_training_image(member.name):
@@ -239,8 +241,8 @@ def stream_images(url: str) -> Iterator[tuple[str, bytes, str]]:
             while counting.read(READ_AHEAD):
                 pass
             if counting.last_nonzero > end or counting.count < end + BLOCK:
-                raise make_damage_error(url, f"it is not a tar from byte {end} of {counting.count} on")
+                raise make_damage_error(name, f"it is not a tar from byte {end} of {counting.count} on")
     except ModuleNotFoundError as error:
-        raise DataError(f"{url} needs {error.name}, which is not installed: `pip install {error.name}`") from error
+        raise DataError(f"{name} needs {error.name}, which is not installed: `pip install {error.name}`") from error
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
-        raise DataError(f"{url} cannot be read as a tar: {error}") from error
+        raise DataError(f"{name} cannot be read as a tar: {hide_secrets(str(error))}") from error

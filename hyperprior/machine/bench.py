@@ -19,7 +19,7 @@ from PIL import Image
 
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.making import make_arrays
-from hyperprior.config import Config
+from hyperprior.config import Config, without_secrets
 from hyperprior.errors import HyperpriorError
 from hyperprior.machine.bench_input import bench_input
 from hyperprior.machine.bench_step import bench_step
@@ -37,7 +37,11 @@ PHOTO = (512, 768)  # height and width of the image that the codec is timed on, 
 
 def bench(settings: Config, parts: list[str], repeats: int, terminal: Terminal) -> dict[str, Any]:
     """Measures the named `parts` (keys of PARTS) and returns the figures in types that JSON has."""
-    figures: dict[str, Any] = {"cores": os.cpu_count(), "tensorflow": tf.__version__, "config": settings.to_dict()}
+    figures: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "tensorflow": tf.__version__,
+        "config": without_secrets(settings).to_dict(),
+    }
     world = World(settings.distribute, settings.train.batch_size)
     world.check_batch()
     figures |= {"environment": world.environment()}

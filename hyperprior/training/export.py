@@ -23,6 +23,7 @@ import tensorflow as tf
 from hyperprior import __version__, storage
 from hyperprior.codec import box, codec, making, native, serving
 from hyperprior.codec.codec import Codec
+from hyperprior.config import without_sources
 from hyperprior.data import splits, stream
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.model.hyperprior import ScaleHyperprior, pad
@@ -157,7 +158,7 @@ def make_exported(trained: TrainedWeights, weights: str, origin: str, stored: Op
         "format": box.FORMAT,
         "fingerprint": made.fingerprint,
         "info": info,
-        "config": trained.settings.to_dict(),
+        "config": without_sources(trained.settings).to_dict(),
     }
     return Exported(made, arrays, description)
 

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from hyperprior import __version__, storage
-from hyperprior.config import Config, flatten, render
+from hyperprior.config import SOURCES, Config, flatten, render, without_secrets
 from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import open_splits
 from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, LostWorker, Stopped
@@ -85,7 +85,7 @@ def check_directory(run: Path) -> None:
 
 def select_comparable(settings: Config) -> dict[str, Any]:
     """The settings that must be equal on all workers. Names of sources may differ if the data is the same."""
-    sources = ("data.train", "data.val", "data.test")
+    sources = [f"data.{name}" for name in SOURCES]
     return {key: value for key, value in flatten(settings).items() if key not in sources}
 
 
@@ -135,9 +135,10 @@ class Trainer:
             self.terminal.say(f"{self.run} is done: {step} steps")
             return result
         self.announce_run()
-        self.write_file("config.yaml", f"{CONFIG_HEAD}{__version__}, resolved\n{render(self.settings)}")
+        shown = without_secrets(self.settings)
+        self.write_file("config.yaml", f"{CONFIG_HEAD}{__version__}, resolved\n{render(shown)}")
         with contextlib.closing(self.make_progress()) as self.progress:
-            self.progress.report.describe_run(self.settings, step)
+            self.progress.report.describe_run(shown, step)
             try:
                 with self.terminal.track("training", self.timetable.total, step) as track:
                     self.loop(track)
@@ -311,7 +312,7 @@ class Trainer:
             return
         state = {
             "run": self.state.to_json(),
-            "config": self.settings.to_dict(),
+            "config": without_secrets(self.settings).to_dict(),
             "data": resume.describe_data(self.splits),
             "environment": self.world.environment(),
             "version": __version__,
@@ -323,7 +324,7 @@ class Trainer:
     def write_best(self) -> None:
         if self.world.is_chief:
             best = self.state.best
-            state = {"step": best.step, "loss": best.loss, "config": self.settings.to_dict()}
+            state = {"step": best.step, "loss": best.loss, "config": without_secrets(self.settings).to_dict()}
             checkpoint.save(checkpoint.best_path(self.checkpoints), values_of(self.model_variables()), state)
 
     def model_variables(self) -> dict[str, tf.Variable]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 
 from hyperprior import storage
 from hyperprior.codec import codec
-from hyperprior.config import Config, differences, validate
+from hyperprior.config import Config, differences, validate, without_secrets
 from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import Splits
 from hyperprior.data.stream import Counts
@@ -71,7 +71,8 @@ class State:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
-        values = dict(values)
+        known = {*(field.name for field in dataclasses.fields(cls)), *Counts._fields, "best_loss", "best_step", "stale"}
+        values = {name: value for name, value in values.items() if name in known}  # a later version may have more
         if isinstance(values["sums"], list):
             values["sums"] = dict(zip(SUMS_OF_0_1, values["sums"]))
         return cls(
@@ -115,7 +116,7 @@ def load(
 def compare_config(run: Path, before: Config, now: Config, terminal: Terminal) -> None:
     """Prints the changed keys that may change in a run. Raises ConfigError for the others."""
     refused = []
-    for difference in differences(before, now):
+    for difference in differences(without_secrets(before), without_secrets(now)):
         if difference.may_change:
             terminal.say(f"{difference.key}: {difference.old} → {difference.new} from here on")
         else:

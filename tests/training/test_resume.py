@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import zipfile
+from pathlib import Path
+
+from conftest import TINY, Command
 
 from hyperprior.data.lanes import ALL, Cursor, Keep
 from hyperprior.data.shards import Shard
@@ -52,3 +56,33 @@ def test_the_best_counts_the_validations_since() -> None:
     assert best == Best(loss=2.0, step=1, stale=2)
     assert best.update(1.0, 4)
     assert best == Best(loss=1.0, step=4, stale=0)
+
+
+def test_a_field_of_a_later_version_is_ignored() -> None:
+    values = {**json.loads(STATE_OF_0_1), "from the future": 1}
+    assert State.from_json(values) == State.from_json(json.loads(STATE_OF_0_1))
+
+
+def test_a_url_signed_anew_is_the_same_data_and_its_secrets_are_stored_nowhere(
+    hyperprior: Command, served: str, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    def train(signature: str, steps: int, check: int = 0, name: str = flat_tar.name) -> str:
+        url = f"{served.replace('//', '//user:hunter2@')}/{name}?X-Amz-Signature={signature}#{signature}"
+        sources = [f"data.train=['{url}', 'pipe:cat {flat_tar} # -H \"Key: {signature}\" https://x/y?s={signature}']"]
+        words = [*TINY, *sources, "data.allow_pipe=true", f"train.steps={steps}", "train.validate_every=null"]
+        done = hyperprior("train", empty_config, *words, "--run", "r", check=check)
+        return done.stdout + done.stderr
+
+    output = train("aaaaSECRET", 2) + train("bbbbSECRET", 4) + hyperprior("export", "r", "--out", "m").stdout
+    assert "resumed at step 2" in output
+    output += train("ccccSECRET", 9, check=3, name="missing.tar")
+    stored = output.encode() + (tmp_path / "r" / "config.yaml").read_bytes()
+    assert b"127.0.0.1" in stored
+    for path in [*(tmp_path / "r").rglob("*"), *(tmp_path / "m").rglob("*")]:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as file:
+                stored += b"".join(map(file.read, file.namelist()))
+        elif path.is_file():
+            stored += path.read_bytes()
+    assert b"SECRET" not in stored and b"hunter2" not in stored
+    assert json.loads((tmp_path / "m" / "model.json").read_text())["config"]["data"]["train"] == []
