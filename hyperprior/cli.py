@@ -87,10 +87,11 @@ def train(
     from hyperprior.config import load_config
     from hyperprior.terminal import Terminal
 
+    stack.restart_with_allocator()
     settings = load_config(config, overrides or [])
     terminal = Terminal(quiet, as_json=as_json)
     folder = run or Path("runs") / config.stem
-    stack.use_the_cpu_well(settings.train.precision)
+    stack.start_tensorflow(settings.train.precision)
     from hyperprior.training import export as exporting
     from hyperprior.training import loop, progress
 
@@ -128,7 +129,8 @@ def sweep(
 
     Example: `hyperprior sweep configs/quickstart.yaml --lambdas 0.0035,0.013,0.0483 --images kodak/`
     """
-    stack.use_the_cpu_well()
+    stack.restart_with_allocator()
+    stack.start_tensorflow()
     from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal
     from hyperprior.training import sweep as job
@@ -382,7 +384,8 @@ def evaluate(
     from hyperprior.terminal import Terminal
 
     if engine != "numpy" and stack.is_installed():
-        stack.use_the_cpu_well()
+        stack.restart_with_allocator()
+        stack.start_tensorflow()
     from hyperprior.evaluation import evaluate as job
 
     options = job.Options(effort, baselines, published, cache, gate, margin, engine)
@@ -411,8 +414,9 @@ def bench(
     for word in parts:
         if word not in ("step", "input", "train", "start", "codec", "all"):
             raise ConfigError(f"`{word}` cannot be measured; choose step, input, train, start, codec or all")
+    stack.restart_with_allocator()
     settings = load_config(config, [word for word in words or [] if "=" in word])
-    stack.use_the_cpu_well(settings.train.precision)
+    stack.start_tensorflow(settings.train.precision)
     from hyperprior import storage
     from hyperprior.machine import bench as job
     from hyperprior.terminal import Terminal

@@ -22,14 +22,15 @@ def is_installed() -> bool:
     return importlib.util.find_spec("tensorflow") is not None
 
 
-def start_tensorflow(onednn: bool = True) -> None:
+def start_tensorflow(precision: str = "float32") -> None:
     """Imports TensorFlow. Raises ConfigError if there is none, or one that does not work.
 
-    `onednn`: with oneDNN kernels, unless TensorFlow is imported already or the environment has the setting. By default
-    TensorFlow uses these kernels only on a CPU with AVX512-VNNI or AMX. On a CPU with only AVX2 they halve the time of
-    the codec's transforms. A training step takes 0.77 of the time with N=64, the same time with N=128.
+    For float32 it uses oneDNN's kernels, unless it is imported already or the environment has the setting. Without
+    AVX-512 they exist for float32 only. By default TensorFlow uses them only on a CPU with AVX512-VNNI or AMX. On a CPU
+    with only AVX2 they halve the time of the codec's transforms. A training step takes 0.77 of the time with N=64, the
+    same time with N=128.
     """
-    sets_onednn = onednn and "tensorflow" not in sys.modules and ONEDNN not in os.environ
+    sets_onednn = precision == "float32" and "tensorflow" not in sys.modules and ONEDNN not in os.environ
     if sets_onednn:
         os.environ[ONEDNN] = "1"
     try:
@@ -56,17 +57,17 @@ def describe_working_versions() -> str:
     return f"{oldest} and newer versions work: `pip install 'tensorflow>={oldest}'`"
 
 
-def use_the_cpu_well(precision: str = "float32") -> None:
-    """Restarts this process with an allocator that keeps freed tensors, then starts TensorFlow.
+def restart_with_allocator() -> None:
+    """Restarts this process, unless that is done, with an allocator that keeps freed tensors.
 
-    On a CPU a training step takes 0.8 of the time with the allocator's settings, because memory that was freed causes
-    no new page faults. Memory use does not change: the largest step determines it.
+    Call it before anything is read: a pipe could not be read again. On a CPU a training step takes 0.8 of the time with
+    the allocator's settings, because memory that was freed causes no new page faults. Memory use does not change: the
+    largest step determines it.
     """
     if sys.platform == "linux" and not ALLOCATOR.keys() & os.environ.keys():
         # Python 3.9 has no sys.orig_argv.
         command = getattr(sys, "orig_argv", ["python", "-m", "hyperprior", *sys.argv[1:]])
         os.execve(sys.executable, [sys.executable, *command[1:]], {**os.environ, **ALLOCATOR})
-    start_tensorflow(onednn=precision == "float32")  # on a CPU without AVX-512 oneDNN has kernels for float32 only
 
 
 # TensorFlow's private modules: imported only here ----------------------------------------------------------

@@ -7,6 +7,7 @@ Arrays go into an `.npz` file: each array under its name, and a JSON object unde
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -73,6 +74,16 @@ def write_whole(
             retry="files that were complete before are intact: free the disk and start the same command again",
             elsewhere="choose another place",
         )
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchanges two names in one step. Returns False where the system or the file system cannot do that."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_cwd, exchange_flag = -100, 2
+    return rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange_flag) == 0
 
 
 def raise_cannot_write(error: Exception, path: Path, *, retry: str, elsewhere: str) -> NoReturn:

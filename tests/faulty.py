@@ -75,5 +75,5 @@ if __name__ == "__main__":
         name, _, value = fault.partition("=")
         globals()[name](value)
     sys.argv[1:] = rest
-    stack.use_the_cpu_well = lambda *precision: None
+    stack.restart_with_allocator = lambda: None
     cli.main()

@@ -46,7 +46,8 @@ def start(
     workers = []
     for index in range(count) if only is None else only:
         place = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(place)} if count > 1 else None
+        proxy = {"http_proxy": "http://127.0.0.1:9"}  # which nobody serves, and which gRPC obeys
+        environment = {**os.environ, **proxy, "TF_CONFIG": json.dumps(place)} if count > 1 else None
         own = each[index] if each else ()
         workers.append(
             subprocess.Popen(

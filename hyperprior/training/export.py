@@ -121,22 +121,24 @@ def check_replacement(file: Path, weights: str, force: bool) -> None:
 
 @contextlib.contextmanager
 def replace_directory(out: Path) -> Iterator[Path]:
-    """Yields a new directory, which replaces `out` at the end. If anything fails, `out` is unchanged."""
+    """Yields a new directory, which replaces `out` at the end. If anything fails, `out` is unchanged.
+
+    At every moment `out` is complete, old or new. Where the file system cannot exchange two names in one step (NFS),
+    SIGKILL between two renames leaves none: the old one is then in `out`.*.tmp.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
     new, old = folder / "new", folder / "old"
     try:
         new.mkdir()
         yield new
-        if out.exists():
+        if out.exists() and not storage.exchange(new, out):
             out.rename(old)
-        try:
+        if new.exists() and not out.exists():
             new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
     finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -62,6 +62,8 @@ class Plan:
             raise ConfigError(
                 f"--jobs is {self.jobs}, but this machine shows {gpus} GPUs and each run needs one; lower --jobs"
             )
+        if self.config.exists() and not self.config.is_file():
+            raise ConfigError(f"{self.config} can be read only once, but each run reads the config; write it to a file")
         for lmbda in lambdas:
             load_config(self.config, [*self.overrides, f"loss.lambda={lmbda!r}"])
 

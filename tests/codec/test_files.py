@@ -167,10 +167,67 @@ def test_a_model_that_cannot_be_replaced_stays(run: Path, tmp_path: Path, monkey
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    monkeypatch.setattr(storage, "exchange", lambda a, b: False)
     with pytest.raises(StorageError, match="No space left"):
         export.export(run, tmp_path / "model", Terminal())
     assert codec.load(tmp_path).fingerprint == package.load(run).fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+KILLED_EXPORT = """
+import os, shutil, signal, sys
+from pathlib import Path
+from hyperprior import stack, storage
+stack.start_tensorflow()
+from hyperprior.terminal import Terminal
+from hyperprior.training import export
+
+run, out, point, number = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+def end_around(owner, name):
+    original = getattr(owner, name)
+    def noted(*arguments, **named):
+        if f"before {name}" == point: os.kill(os.getpid(), number)
+        result = original(*arguments, **named)
+        if f"after {name}" == point:
+            setattr(owner, name, original)
+            os.kill(os.getpid(), number)
+        return result
+    setattr(owner, name, noted)
+
+def stop(number, frame):
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, stop)
+end_around(storage, "exchange")
+end_around(shutil, "rmtree")
+if number == signal.SIGTERM:
+    storage.exchange = lambda a, b: False  # as on NFS
+    end_around(Path, "rename")
+export.export(run, out, Terminal(quiet=True), force=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "number, point",
+    [
+        *((signal.SIGKILL, point) for point in ("before exchange", "after exchange", "before rmtree")),
+        (signal.SIGTERM, "after rename"),
+    ],
+    ids=str,
+)
+def test_a_model_is_under_its_name_at_every_moment_of_an_export(
+    run: Path, tmp_path: Path, number: signal.Signals, point: str
+) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(run / "model", out)
+    (out / "model.json").unlink()  # so that it is exported again
+    arguments = [str(run), str(out), point, str(int(number))]
+    ended = subprocess.run([sys.executable, "-c", KILLED_EXPORT, *arguments], check=False, capture_output=True)
+    assert ended.returncode == (-9 if number == signal.SIGKILL else 143), ended.stderr[-500:]
+    assert codec.load(out).fingerprint == package.load(run).fingerprint
+    if number == signal.SIGTERM:
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:

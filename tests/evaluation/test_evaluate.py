@@ -288,7 +288,7 @@ def test_the_gate_passes_equal_models_and_stops_worse_ones(
 
     arguments = ["b", "--images", folder, "--out", tmp_path / "cli", "--baselines", "none", "--gate", stored]
     monkeypatch.setattr(sys, "argv", ["hyperprior", "evaluate", *map(str, arguments)])
-    monkeypatch.setattr(stack, "use_the_cpu_well", lambda *precision: None)
+    monkeypatch.setattr(stack, "restart_with_allocator", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 1 and (tmp_path / "cli" / "summary.json").exists()

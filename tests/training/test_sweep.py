@@ -92,7 +92,7 @@ def test_a_wrong_sweep_is_refused_before_anything_is_trained(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stack, "use_the_cpu_well", lambda: None)  # it would restart the test process
+    monkeypatch.setattr(stack, "restart_with_allocator", lambda: None)  # it would restart the test process
     for wrong, message in [
         (["--lambdas", "0.01,zero"], "write numbers with commas"),
         (["--lambdas", "0.01,0.010"], "a lambda is given twice"),

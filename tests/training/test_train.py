@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -406,3 +409,14 @@ def test_a_run_stops_while_its_input_hangs(tmp_path: Path, flat_tar: Path, empty
     newest(tmp_path / "r")
     assert process.stdout
     process.stdout.close()
+
+
+def test_a_config_from_a_pipe_is_read_once(tmp_path: Path, flat_tar: Path) -> None:
+    words = " ".join(f"'{word}'" for word in [*TINY, f"data.train=[{flat_tar}]", "train.validate_every=null"])
+    shell = f"{sys.executable} -m hyperprior train <(echo 'train: {{steps: 3}}') {words} --run r"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=200)
+    assert newest(tmp_path / "r")[1]["run"]["step"] == 3  # type: ignore[index]
+    sweep = f"{sys.executable} -m hyperprior sweep <(echo 'train: {{steps: 3}}') --lambdas 0.01 {words}"
+    refused = subprocess.run(["bash", "-c", sweep], cwd=tmp_path, env=environment, capture_output=True, timeout=200)
+    assert refused.returncode == 2 and b"can be read only once" in refused.stderr
