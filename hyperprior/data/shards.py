@@ -163,6 +163,8 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
         return open_tar(str(path), size)
     if is_training_image(path.name):
         return [Shard("files", str(path.parent), str(path), files=(path.name,))]
+    if path.name.lower().endswith(tars.COMPRESSED_SUFFIXES):
+        raise make_compressed_error(key, path)
     raise ConfigError(
         f"{key}: {location} is not a tar, image or directory; allowed are *.tar, directories, "
         f"images ({', '.join(sorted(TRAINING_SUFFIXES))}) and URLs"
@@ -187,6 +189,8 @@ def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
         for file in files:
             if is_tar(file):
                 inner_tars.append(str(Path(folder, file)))
+            elif file.lower().endswith(tars.COMPRESSED_SUFFIXES):
+                raise make_compressed_error(key, Path(folder, file))
             elif is_training_image(file):
                 images.append(Path(folder, file).relative_to(path).as_posix())
     shards = [shard for tar in sorted(inner_tars) for shard in open_location(tar, key, allow_pipe)]
@@ -194,6 +198,10 @@ def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
         listing = Shard("files", str(path), str(path), files=tuple(sorted(images)))
         shards += listing.split(-(-len(images) // FILES_PER_PART))
     return shards
+
+
+def make_compressed_error(key: str, path: Path) -> DataError:
+    return DataError(f"{key}: {path} is compressed; decompress it, because tars are read in place, or move it away")
 
 
 def open_tar(path: str, size: int) -> list[Shard]:

@@ -22,6 +22,14 @@ BLOCK = tarfile.BLOCKSIZE
 INDEXED = 1024  # tars whose members are cached: enough for all tars of ImageNet, 250 MB
 OPEN_FILES = 128
 READ_AHEAD = 1 << 20
+COMPRESSIONS = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"(\xb5/\xfd": "unzstd",
+    b"PK\3": "unzip",
+}
+COMPRESSED_SUFFIXES = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_LINKS = 40  # that lead to one file, as in Linux
 
 
@@ -121,7 +129,7 @@ def list_members(path: str, offset: int, size: int, name: str) -> tuple[Member, 
     window.seek(end)
     while block := window.read(READ_AHEAD):
         if block.strip(b"\0"):
-            raise make_damage_error(name, f"a header at byte {end} is damaged, after {len(entries)} members")
+            raise make_rest_error(name, block, end, f"a header at byte {end} is damaged, after {len(entries)} members")
     by_path = {posixpath.normpath(entry.name): entry for entry in entries}
     return tuple(make_member(entry, by_path, offset) for entry in entries)
 
@@ -186,9 +194,32 @@ def check_ends(path: str, offset: int, size: int, name: str) -> None:
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise DataError(f"{name} is not an uncompressed tar: {error}; decompress it, or copy it again") from error
+        reason = describe_compression(head) or f"{error}; copy it again"
+        raise DataError(f"{name} is not an uncompressed tar: {reason}") from error
     if size % BLOCK or read_at(path, offset + size - BLOCK, BLOCK).strip(b"\0"):
         raise make_damage_error(name, "it does not end like a tar, and looks cut off")
+
+
+def make_rest_error(name: str, rest: bytes, end: int, reason: str) -> DataError:
+    """The error for a tar that is followed by `rest`, from byte `end` on. `reason`: what it is if not another tar."""
+    start = len(rest) - len(rest.lstrip(b"\0"))
+    start -= start % BLOCK
+    try:
+        tarfile.TarInfo.frombuf(rest[start : start + BLOCK], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return make_damage_error(name, reason)
+    return DataError(
+        f"{name} holds several tars, one after the other: the first ends at byte {end}; keep them in files of their "
+        f"own, or join them with `tar --concatenate`"
+    )
+
+
+def describe_compression(head: bytes) -> str:
+    """Says how to decompress a file that begins with `head`, or nothing if it is not compressed."""
+    for magic, program in COMPRESSIONS.items():
+        if head.startswith(magic):
+            return f"it is compressed; decompress it with {program}, because tars are read in place"
+    return ""
 
 
 def make_damage_error(name: str, reason: str) -> DataError:
@@ -202,10 +233,11 @@ class CountingStream:
     """A stream that counts the bytes read, and stores where the last byte that is not zero ended."""
 
     def __init__(self, stream: IO[bytes]):
-        self.stream, self.count, self.last_nonzero = stream, 0, 0
+        self.stream, self.count, self.last_nonzero, self.head = stream, 0, 0, b""
 
     def read(self, count: int) -> bytes:
         data = self.stream.read(count)
+        self.head = self.head or data[:BLOCK]
         if stripped := data.rstrip(b"\0"):
             self.last_nonzero = self.count + len(stripped)
         self.count += len(data)
@@ -221,7 +253,7 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
     """
     from webdataset.gopen import gopen
 
-    end = 0
+    end, counting = 0, None
     try:
         with gopen(url) as stream:
             counting = CountingStream(stream)
@@ -238,11 +270,13 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
                         yield member.name, b"", f"it is {describe_no_file(member)}; a stream holds no links"
                     end = tar.offset
                     tar.members = []  # otherwise tarfile keeps every header in memory
-            while counting.read(READ_AHEAD):
-                pass
+            while rest := counting.read(READ_AHEAD):
+                if rest.strip(b"\0"):
+                    raise make_rest_error(name, rest, end, f"it is not a tar from byte {end} on")
             if counting.last_nonzero > end or counting.count < end + BLOCK:
                 raise make_damage_error(name, f"it is not a tar from byte {end} of {counting.count} on")
     except ModuleNotFoundError as error:
         raise DataError(f"{name} needs {error.name}, which is not installed: `pip install {error.name}`") from error
     except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
-        raise DataError(f"{name} cannot be read as a tar: {hide_secrets(str(error))}") from error
+        reason = describe_compression(counting.head if counting else b"") or hide_secrets(str(error))
+        raise DataError(f"{name} cannot be read as a tar: {reason}") from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
 import os
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -389,3 +392,28 @@ def test_no_descriptor_is_left_open(nested_tar: Path) -> None:
     for _ in range(5):
         [s.read() for shard in open_sources([str(nested_tar)], "x") for s in shard.samples()]
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # one stays in the cache
+
+
+@pytest.mark.parametrize(
+    "suffix, opener", [(".tar.gz", gzip.compress), (".tgz", gzip.compress), (".tar.xz", lzma.compress)]
+)
+def test_a_compressed_tar_is_named_wherever_it_is(
+    served: str, tmp_path: Path, suffix: str, opener: Callable[[bytes], bytes]
+) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jpg").write_bytes(encoded(photo(1)))
+    compressed = opener(tar_bytes(photos(2)))
+    for name in (f"d/s{suffix}", "hidden.tar"):
+        (tmp_path / name).write_bytes(compressed)
+    for source in ("d", f"d/s{suffix}", "hidden.tar"):
+        with pytest.raises(DataError, match="compressed.*decompress it"):
+            open_sources([str(tmp_path / source)], "x")
+    with pytest.raises(DataError, match="cannot be read as a tar: it is compressed; decompress it with"):
+        keys(open_sources([f"{served}/hidden.tar"], "x"))
+
+
+def test_tars_that_were_joined_by_cat_are_named(served: str, tmp_path: Path) -> None:
+    (tmp_path / "t.tar").write_bytes(tar_bytes(photos(2)) + tar_bytes(photos(3)))
+    for source in (str(tmp_path / "t.tar"), f"{served}/t.tar"):
+        with pytest.raises(DataError, match="holds several tars, one after the other.*tar --concatenate"):
+            keys(open_sources([source], "x"))
