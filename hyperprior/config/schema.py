@@ -60,6 +60,11 @@ class Data(Section):
     train: Sources = field([], "sources: tars (also nested), directories, brace patterns, URLs", may_change=True)
     val: Sources = field([], "validation sources; if empty: val_split of train", may_change=True)
     test: Sources = field([], "test sources; if empty: test_split of train, or else val", may_change=True)
+    extensions: list[str] = field(
+        [],
+        "extensions of the images to take, as in WebDataset: `jpg` takes 0000.jpg and leaves its mask 0000.seg.png "
+        "(default: all images)",
+    )
     val_split: Optional[float] = field(
         None,
         "share of train held out for validation, by hash of the key (default: 0.1 if val and test are empty, else 0)",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Optional
 
 from hyperprior import images
 from hyperprior.data import shards, stream, tars
+from hyperprior.data.lanes import group_of
 from hyperprior.data.shards import Sample, Shard
 from hyperprior.errors import DataError
 from hyperprior.terminal import Terminal
@@ -34,11 +35,12 @@ class Report:
     images_per_shard: list[int] = dataclasses.field(default_factory=list)
     formats: Counter[str] = dataclasses.field(default_factory=Counter)
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)
+    keys_with_several_images: int = 0
     unusable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "formats": dict(self.formats), "ignored": dict(self.ignored)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     def lines(self) -> Iterator[str]:
         counts = self.images_per_shard or [0]
@@ -50,6 +52,11 @@ class Report:
             yield (
                 f"sizes     sides from {self.shortest_side} to {self.longest_side} pixels, "
                 f"{self.pixels / good / 1e6:.2f} megapixels on average"
+            )
+        if self.keys_with_several_images:
+            yield (
+                f"keys      {self.keys_with_several_images:,} have several images, such as 0.jpg and 0.seg.png: "
+                f"data.extensions chooses"
             )
         if self.ignored:
             rows = images.describe_suffixes(self.ignored)
@@ -83,19 +90,30 @@ def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Ter
         )
     with terminal.track("inspecting", len(opened)) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
         for index, shard in enumerate(opened):
-            inspect_shard(shard, report, pool)
+            if shard.part == 0:
+                groups = Counter[str]()
+            inspect_shard(shard, report, pool, groups)
             track.update(index + 1)
     return report
 
 
-def inspect_shard(shard: Shard, report: Report, pool: ThreadPoolExecutor) -> None:
+def inspect_shard(shard: Shard, report: Report, pool: ThreadPoolExecutor, groups: Counter[str]) -> None:
+    """Adds a shard to the report. `groups`: the number of images of each key of the shard, and of its earlier parts."""
     count = 0
+
+    def samples() -> Iterator[Sample]:
+        for sample in shard.samples():
+            group = group_of(sample.key)
+            groups[group] += 1
+            report.keys_with_several_images += groups[group] == 2
+            yield sample
+
     try:
         if shard.kind == "tar" and shard.part == 0:
             for member in tars.list_members(shard.path, shard.offset, shard.size, shard.name):
                 if not images.is_training_image(member.name):
                     report.ignored[PurePosixPath(member.name).suffix.lower()] += 1
-        for facts in stream.map_ahead(pool, inspect_image, shard.samples()):
+        for facts in stream.map_ahead(pool, inspect_image, samples()):
             count += 1
             report.formats[facts.kind] += 1
             report.bytes += facts.num_bytes

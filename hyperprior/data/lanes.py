@@ -41,7 +41,11 @@ class Keep(NamedTuple):
     limit: float = 1.0
 
     def __call__(self, key: str) -> bool:
-        return (self == ALL) or (self.low <= draw_unit("split", key) < self.high and draw_rank(key) < self.limit)
+        """Takes the key of a sample or of its group: both are kept, or neither."""
+        if self == ALL:
+            return True
+        group = group_of(key)
+        return self.low <= draw_unit("split", group) < self.high and draw_rank(group) < self.limit
 
 
 class LostRest(NamedTuple):
@@ -53,6 +57,12 @@ class LostRest(NamedTuple):
 
 Item = Union[Sample, LostRest]
 ALL = Keep()
+
+
+def group_of(key: str) -> str:
+    """WebDataset's key, which a photograph shares with its mask: `a/0` and `a/0.seg` are of the group `a/0`."""
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + (name.partition(".")[0] or name)
 
 
 def draw_rank(key: str) -> float:

@@ -73,6 +73,10 @@ class Shard:
     files: tuple[str, ...] = field(default=(), repr=False)
     part: int = 0
     parts: int = 1
+    extensions: tuple[str, ...] = ()  # of the images to take; all if empty
+
+    def takes(self, name: str) -> bool:
+        return not self.extensions or extension_of(name) in self.extensions
 
     def samples(self) -> Iterator[Sample]:
         """The images in the order of the tar or listing.
@@ -81,15 +85,16 @@ class Shard:
         is, at the latest after the last sample.
         """
         if self.kind == "url":
-            streamed = tars.stream_images(self.path, self.name)
+            streamed = (image for image in tars.stream_images(self.path, self.name) if self.takes(image[0]))
             for name, data, problem in itertools.islice(streamed, self.part, None, self.parts):
                 yield Sample(self.name, make_key(name), data=data, problem=problem)
         elif self.kind == "files":
-            for file in self.files[self.part :: self.parts]:
+            for file in list(filter(self.takes, self.files))[self.part :: self.parts]:
                 yield Sample(self.name, make_key(file), str(Path(self.path, file)))
         else:
             images = tars.list_images(self.path, self.offset, self.size, self.name, self.kind == "loose")
-            for member in images[self.part :: self.parts]:
+            taken = [member for member in images if self.takes(member.name)] if self.extensions else images
+            for member in taken[self.part :: self.parts]:
                 place = self.path, member.offset, member.size
                 yield Sample(self.name, make_key(member.name), *place, problem=member.problem)
 
@@ -104,10 +109,17 @@ def make_key(name: str) -> str:
     return name.removeprefix("./").rpartition(".")[0]
 
 
+def extension_of(name: str) -> str:
+    """What follows the first dot of a member's file name, in small letters: `jpg`, or `seg.png`."""
+    return PurePosixPath(name).name.lower().partition(".")[2]
+
+
 # From sources to shards -----------------------------------------------------------------------------------
 
 
-def open_sources(sources: Iterable[str], key: str, *, allow_pipe: bool = False) -> list[Shard]:
+def open_sources(
+    sources: Iterable[str], key: str, *, allow_pipe: bool = False, extensions: Iterable[str] = ()
+) -> list[Shard]:
     """The shards of a list of sources, in a fixed order.
 
     `key` is the config key or command argument that errors name. Raises DataError for a source that is missing,
@@ -123,7 +135,8 @@ def open_sources(sources: Iterable[str], key: str, *, allow_pipe: bool = False) 
                 f"{key}: {hide_secrets(source)} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))}) and no tar"
             )
         shards += source_shards
-    return shards
+    extensions = tuple(extension.lower().lstrip(".") for extension in extensions)
+    return [replace(shard, extensions=extensions) for shard in shards]
 
 
 def expand_braces(source: str) -> list[str]:
@@ -235,6 +248,6 @@ def identify_shards(shards: list[Shard], *, as_in_0_1: bool = False) -> list[lis
     """
     names = [shard.path if shard.kind == "url" and as_in_0_1 else shard.name for shard in shards]
     return [
-        [PurePosixPath(name).name, s.size, len(s.files), s.files[:1] + s.files[-1:], s.part, s.parts]
+        [PurePosixPath(name).name, s.size, len(s.files), s.files[:1] + s.files[-1:], s.part, s.parts, *s.extensions]
         for name, s in zip(names, shards)
     ]

@@ -60,8 +60,10 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
     Raises DataError for every problem that can be found before training.
     """
     sources = {
-        key: shards.open_sources(getattr(settings, key), f"data.{key}", allow_pipe=settings.allow_pipe)
-        for key in ("train", "val", "test")
+        key: shards.open_sources(
+            getattr(settings, key), f"data.{key}", allow_pipe=settings.allow_pipe, extensions=settings.extensions
+        )
+        for key in config.SOURCES
     }
     whole = sources["train"]
     if not whole:
@@ -71,7 +73,7 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
     keys = list_keys(whole, "train") if count or is_divided else None
     limit = 1.0
     if keys and settings.max_images and settings.max_images < len(keys):
-        limit = sorted(map(lanes.draw_rank, keys))[settings.max_images]
+        limit = sorted(lanes.draw_rank(lanes.group_of(key)) for key in keys)[settings.max_images]
 
     def take_share_of_train(low: float, high: float) -> Split:
         keep = Keep(low, high, limit)

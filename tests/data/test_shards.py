@@ -417,3 +417,26 @@ def test_tars_that_were_joined_by_cat_are_named(served: str, tmp_path: Path) -> 
     for source in (str(tmp_path / "t.tar"), f"{served}/t.tar"):
         with pytest.raises(DataError, match="holds several tars, one after the other.*tar --concatenate"):
             keys(open_sources([source], "x"))
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder", "url"])
+def test_a_photograph_and_its_mask_share_a_split_and_extensions_choose(served: str, tmp_path: Path, kind: str) -> None:
+    members = [(f"a.b/{i:04d}.{extension}", encoded(photo(i))) for i in range(40) for extension in ("JPG", "seg.jpg")]
+    if kind == "folder":
+        (tmp_path / "d" / "a.b").mkdir(parents=True)
+        for name, data in members:
+            (tmp_path / "d" / name).write_bytes(data)
+    (tmp_path / "t.tar").write_bytes(tar_bytes(members))
+    source = {"tar": str(tmp_path / "t.tar"), "folder": str(tmp_path / "d"), "url": f"{served}/t.tar"}[kind]
+    everything = keys(open_sources([source], "x"))
+    assert len(everything) == 80
+    for keep in (Keep(0.0, 0.5), Keep(0.2, 0.9, 0.4)):
+        kept = {key for key in everything if keep(key)}
+        assert 0 < len(kept) < 80 and kept == {key for key in everything if keep(lanes.group_of(key))}
+        assert all((f"a.b/{i:04d}" in kept) == (f"a.b/{i:04d}.seg" in kept) for i in range(40))
+    assert inspect([source], 64, False, Terminal(quiet=True)).keys_with_several_images == 40
+    photographs = open_sources([source], "x", extensions=["jpg"])
+    assert keys(photographs) == [f"a.b/{i:04d}" for i in range(40)]
+    assert sorted(keys(photographs[0].split(3))) == sorted(keys(photographs))
+    assert keys(open_sources([source], "x", extensions=[".Seg.JPG"])) == [f"a.b/{i:04d}.seg" for i in range(40)]
+    assert inspect([str(tmp_path / "t.tar")], 64, False, Terminal(quiet=True)).images == 80
