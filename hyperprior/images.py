@@ -211,6 +211,7 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 # A call takes many images: it runs in the calling thread, one operation an image, without Python's lock.
 
 Window = tuple[int, int, int, int]  # top, left, height, width
+Encoded = Any  # a list of bytes, or a tensor of them from `to_tensor`
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -225,9 +226,9 @@ def read_jpeg_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def read_jpeg_sizes(encoded: Sequence[bytes]) -> list[tuple[int, int]]:
+def read_jpeg_sizes(encoded: Encoded) -> list[tuple[int, int]]:
     """(height, width) of each image from its frame header, whatever they are. Raises Unusable if one is corrupt."""
-    return [(int(shape[0]), int(shape[1])) for shape in _call_jpeg_operation("sizes", encoded)]
+    return [(height, width) for height, width, _ in _call_jpeg_operation("sizes", encoded)[0].tolist()]
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
@@ -235,19 +236,27 @@ def decode_jpeg(data: bytes) -> np.ndarray:
     return _call_jpeg_operation("decode", [data])[0]
 
 
-def decode_jpeg_windows(encoded: Sequence[bytes], windows: Sequence[Window]) -> list[np.ndarray]:
+def decode_jpeg_windows(encoded: Encoded, windows: Sequence[Window]) -> list[np.ndarray]:
     """Of each image its window: [height, width, 3] uint8. Raises Unusable if one is corrupt as far as it is read."""
     return _call_jpeg_operation("crop", encoded, windows)
 
 
-def _call_jpeg_operation(name: str, encoded: Sequence[bytes], *more: Sequence[Window]) -> list[np.ndarray]:
+def to_tensor(encoded: Sequence[bytes]) -> Encoded:
+    """The images copied into TensorFlow's memory, for several calls."""
+    import tensorflow as tf
+
+    with tf.device("cpu:0"):
+        return tf.constant(encoded)
+
+
+def _call_jpeg_operation(name: str, encoded: Encoded, *more: Sequence[Window]) -> list[np.ndarray]:
     """Applies an operation to each image. Raises Unusable if it fails for one of them."""
     import tensorflow as tf
 
     function = _make_jpeg_function(name, len(encoded))
     try:
         with tf.device("cpu:0"), stack.run_in_this_thread():
-            return [np.asarray(result) for result in function(tf.constant(encoded), *map(tf.constant, more))]
+            return list(map(np.asarray, function(*map(tf.convert_to_tensor, (encoded, *more)))))
     except tf.errors.InvalidArgumentError as error:
         raise Unusable("a corrupt or truncated JPEG") from error
 
@@ -267,7 +276,8 @@ def _make_jpeg_function(name: str, count: int) -> Callable[..., Any]:
 
     @tf.function(autograph=False)
     def apply(*inputs: tf.Tensor) -> list[tf.Tensor]:
-        return [operation(*image) for image in zip(*map(tf.unstack, inputs))]
+        results = [operation(*image) for image in zip(*map(tf.unstack, inputs))]
+        return [tf.stack(results)] if name == "sizes" else results
 
     inputs = [tf.TensorSpec([count], tf.string)] + [tf.TensorSpec([count, 4], tf.int32)] * (name == "crop")
     with tf.device("cpu:0"):

@@ -147,7 +147,8 @@ def hyperprior(tmp_path: Path) -> Command:
         words = [str(argument) for argument in arguments]
         if fresh or env:
             command = [sys.executable, "-m", "hyperprior", *words]
-            result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=forked.SECONDS, env=env)
+            limits: dict[str, Any] = {"timeout": forked.SECONDS, "cwd": tmp_path, "env": env}
+            result = subprocess.run(command, capture_output=True, text=True, **limits)
         else:
             result = forked.run(words, tmp_path)
         if check is not None:

@@ -8,6 +8,7 @@ workers can own them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar, Union
@@ -70,6 +71,7 @@ def draw_rank(key: str) -> float:
     return draw_unit("limit", key)
 
 
+@functools.lru_cache(maxsize=4)  # all lanes ask for the same
 def permute_shards(seed: int, epoch: int, count: int) -> list[int]:
     return sorted(range(count), key=lambda i: draw(seed, "shards", epoch, i))
 

@@ -72,7 +72,8 @@ def cut_group(
         for number, data in enumerate(encoded)
         if len(places[number]) == 1 and images.is_jpeg(data) and data.rstrip(b"\0").endswith(b"\xff\xd9")
     ]
-    windows = cut_windows([encoded[number] for number in fused], size, [places[number][0] for number in fused])
+    places_of_fused = [places[number][0] for number in fused]
+    windows = cut_windows([encoded[number] for number in fused], size, places_of_fused, upscale)
     results = dict(zip(fused, windows))
     for number, data in enumerate(encoded):
         if results.get(number) is None:
@@ -84,24 +85,36 @@ def cut_group(
 
 
 def cut_windows(
-    encoded: Sequence[bytes], size: int, places: Sequence[Place]
+    encoded: Sequence[bytes], size: int, places: Sequence[Place], upscale: bool
 ) -> list[Union[np.ndarray, Unusable, None]]:
-    """One patch [1, size, size, 3] of each JPEG, decoded no further than its window. None if the JPEG has no such."""
+    """One patch [1, size, size, 3] of each JPEG, decoded no further than its window.
+
+    None if it must be decoded as a whole, or cannot be decoded at all.
+    """
     if not encoded:
         return []
     results: list[Union[np.ndarray, Unusable, None]] = [None] * len(encoded)
     try:
-        sizes = images.read_jpeg_sizes(encoded)
-        fits = [i for i, (h, w) in enumerate(sizes) if min(h, w) >= size and h * w <= images.MAX_PIXELS]
-        windows = [places[i].window(*sizes[i], size) for i in fits]
-        if fits:
-            for i, pixels in zip(fits, images.decode_jpeg_windows([encoded[i] for i in fits], windows)):
+        tensor = images.to_tensor(encoded)
+        sizes = images.read_jpeg_sizes(tensor)
+        if not all(0 < height * width <= images.MAX_PIXELS for height, width in sizes):
+            raise Unusable("an impossible size")
+        fits = [min(height, width) >= size for height, width in sizes]
+        # Of an image that is too small one pixel is decoded: a call for each number of images would be traced anew.
+        windows = [
+            place.window(*shape, size) if is_fit else (0, 0, 1, 1) for place, shape, is_fit in zip(places, sizes, fits)
+        ]
+        decoded = images.decode_jpeg_windows(tensor, windows)
+        for i, (pixels, (height, width)) in enumerate(zip(decoded, sizes)):
+            if fits[i]:
                 results[i] = places[i].finish(pixels, size)[None]
-    except Unusable as error:
+            elif not upscale:
+                results[i] = make_too_small(height, width, size)
+    except Unusable:
         if len(encoded) == 1:
-            return [error]
-        # One of them is corrupt.
-        return [result for i in range(len(encoded)) for result in cut_windows([encoded[i]], size, [places[i]])]
+            return [None]
+        # One of them is corrupt, or too large.
+        return [result for i in range(len(encoded)) for result in cut_windows([encoded[i]], size, [places[i]], upscale)]
     return results
 
 
@@ -136,7 +149,11 @@ def crop_centre(data: bytes, size: int) -> np.ndarray:
 def check_size(height: int, width: int, size: int, upscale: bool) -> None:
     """Raises TooSmall for an image with a side below `size`, unless it may be enlarged."""
     if min(height, width) < size and not upscale:
-        raise TooSmall(f"{width}x{height} is smaller than {size}x{size}")
+        raise make_too_small(height, width, size)
+
+
+def make_too_small(height: int, width: int, size: int) -> TooSmall:
+    return TooSmall(f"{width}x{height} is smaller than {size}x{size}")
 
 
 def enlarge(image: np.ndarray, size: int) -> np.ndarray:

@@ -112,10 +112,10 @@ def classify_error(error: images.Unusable) -> Kind:
 
 
 class Decoded:
-    """An item in the pool: its cursor, and its patches once its group is decoded."""
+    """An item in the pool: its cursor, its name, and its patches once its group is decoded."""
 
     def __init__(self, at: Cursor, item: Item):
-        self.at, self.item = at, item
+        self.at, self.item, self.name = at, item, item.name
         self.group: Future[list[Union[np.ndarray, images.Unusable]]]
         self.number = 0  # within the group
 
@@ -134,7 +134,8 @@ class Lane:
         self.lane, self.items, self.decoder = lane, items, decoder
         self.cursor = start  # the position after the last patch taken
         self.pending: deque[Decoded] = deque()
-        self.image: Optional[Decoded] = None  # the item that still has patches to take
+        self.image: Optional[Decoded] = None  # the item that still has patches to take:
+        self.patches: np.ndarray
         self.last_good_epoch, self.skipped_in_row = start.epoch, 0
 
     def take_items(self, count: int) -> list[Decoded]:
@@ -152,23 +153,22 @@ class Lane:
             if self.cursor.patch == 0:  # otherwise the item was counted before the run stopped
                 counts["samples"] += isinstance(decoded.item, Sample)
                 counts["visits"] += decoded.at.offset == 0
-            self.decoder.reading.set(decoded.item.name)
+            self.decoder.reading.name = decoded.name
             try:
-                decoded.patches()
+                self.patches = decoded.patches()
             except images.Unusable as error:
-                skipped.append(Skip(decoded.item.name, str(error), classify_error(error)))
+                skipped.append(Skip(decoded.name, str(error), classify_error(error)))
                 counts[classify_error(error)] += 1
                 self.skip_item(decoded, error)
             else:
                 self.image, self.last_good_epoch, self.skipped_in_row = decoded, decoded.at.epoch, 0
-        image, patch = self.image, self.cursor.patch
-        patches = image.patches()
-        if patch + 1 < len(patches):
-            self.cursor = image.at._replace(patch=patch + 1)
+        image, patch, (epoch, visit, offset, _) = self.image, self.cursor.patch, self.image.at
+        if patch + 1 < len(self.patches):
+            self.cursor = Cursor(epoch, visit, offset, patch + 1)
         else:
-            self.cursor = image.at._replace(offset=image.at.offset + 1)
+            self.cursor = Cursor(epoch, visit, offset + 1)
             self.image = None
-        return patches[patch], image.item.name
+        return self.patches[patch], image.name
 
     def skip_item(self, decoded: Decoded, error: images.Unusable) -> None:
         """Moves past an item that cannot be used. Raises DataError if the lane finds no usable one."""
@@ -177,7 +177,7 @@ class Lane:
         if decoded.at.epoch > self.last_good_epoch + 1 and self.skipped_in_row > MAX_SKIPPED:
             raise DataError(
                 f"lane {self.lane} found no usable image in more than an epoch; the last one that it "
-                f"skipped is {decoded.item.name}: {error} (see data.patch_size, data.small_images)"
+                f"skipped is {decoded.name}: {error} (see data.patch_size, data.small_images)"
             ) from error
 
 
