@@ -266,7 +266,7 @@ def runs(
     from hyperprior.terminal import Terminal
     from hyperprior.training import runs as job
 
-    summaries = [job.summarise(run) for run in job.find_runs(folders or [Path("runs")])]
+    summaries = job.summarise_all(folders or [Path("runs")])
     terminal = Terminal(as_json=as_json)
     terminal.say(job.make_table(summaries))
     terminal.tell(summaries)
@@ -491,6 +491,15 @@ def take_local_paths(command: Any) -> Any:
     return command
 
 
+def end_on_signal(number: int, frame: Any) -> None:
+    from hyperprior.terminal import exit_soon
+
+    exit_soon(128 + number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Runs a command. Prints an error meant for the user as one line, and exits with its code."""
     for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack characters of file names
@@ -500,7 +509,9 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the default would leave half-written files
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, end_on_signal)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_on_signal)
     try:
         take_local_paths(typer.main.get_command(app))()
     except (HyperpriorError, OSError) as error:

@@ -9,15 +9,16 @@ model in the box that wrote the file, else HYPERPRIOR_MODEL. `save` converts pix
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any, Optional
 
 from PIL import Image, ImageFile
 
 from hyperprior import images
 from hyperprior.codec import box, container, files, load
-from hyperprior.errors import DataError
+from hyperprior.errors import BitstreamError, ConfigError, DataError
 
 load_cached = functools.lru_cache(maxsize=8)(load)
 
@@ -28,19 +29,37 @@ def get_codec_finder() -> Callable[[bytes], Any]:
     return files.make_codec_finder(None)
 
 
+class UnreadableError(BitstreamError, OSError):
+    """A file that cannot be opened or decoded. Pillow's users expect an OSError."""
+
+
+@contextlib.contextmanager
+def as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except (DataError, ConfigError) as error:
+        raise UnreadableError(str(error)) from error
+
+
 class HypImageFile(ImageFile.ImageFile):
     format, format_description = "HYP", "hyperprior compressed image"
+    _data: Optional[bytes] = None  # the file until its pixels are decoded
 
     def _open(self) -> None:
         assert self.fp is not None
-        self._data: Optional[bytes] = self.fp.read()
-        stream = container.read(self._data)
-        self._mode, self._size = "RGB", (stream.width, stream.height)
+        data = self.fp.read()
+        with as_os_error():
+            stream = container.read(data)
+        self._data, self._mode, self._size = data, "RGB", (stream.width, stream.height)
 
     def load(self) -> Any:
         if self._data is not None:
-            self.im = Image.fromarray(get_codec_finder()(self._data).decompress(self._data)).im
+            with as_os_error():
+                self.im = Image.fromarray(get_codec_finder()(self._data).decompress(self._data)).im
             self._data = None
+            if self.fp is not None and self._exclusive_fp:  # as Pillow does after decoding
+                self.fp.close()
+                self.fp = None
         return super().load()
 
 

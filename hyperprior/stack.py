@@ -18,6 +18,19 @@ ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 
 
+# Whether this process was forked from one that had imported TensorFlow, and has not called `start_tensorflow` itself.
+is_forked = False
+
+
+def note_fork() -> None:
+    global is_forked
+    is_forked = "tensorflow" in sys.modules
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=note_fork)
+
+
 def is_installed() -> bool:
     return importlib.util.find_spec("tensorflow") is not None
 
@@ -30,6 +43,8 @@ def start_tensorflow(precision: str = "float32") -> None:
     with only AVX2 they halve the time of the codec's transforms. A training step takes 0.77 of the time with N=64, the
     same time with N=128.
     """
+    global is_forked
+    is_forked = False
     sets_onednn = precision == "float32" and "tensorflow" not in sys.modules and ONEDNN not in os.environ
     if sets_onednn:
         os.environ[ONEDNN] = "1"

@@ -14,7 +14,9 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,11 @@ from hyperprior.errors import ConfigError, StorageError
 
 Arrays = dict[str, np.ndarray]
 
+log = logging.getLogger(__name__)
+
+# Linux lets a process ask for a lock of this kind without taking it.
+CAN_ASK = hasattr(fcntl, "F_OFD_GETLK")
+WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 # With these errors the user must choose another place. Other errors, such as a full disk, may go away.
 WRONG_PLACE = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
 
@@ -206,13 +213,15 @@ def lock_directory(folder: Path) -> Iterator[None]:
         raise ConfigError(f"run directory {folder} cannot be used: {error.strerror}; choose another --run") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file)
             if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 raise BlockingIOError("the process that held the lock file removed it")
-        except OSError as error:
+        except (BlockingIOError, FileNotFoundError) as error:
             raise ConfigError(
                 f"another process is working in {folder}; wait for it or choose another directory"
             ) from error
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be locked: {error.strerror}; choose another directory") from error
         try:
             yield
         finally:
@@ -221,10 +230,25 @@ def lock_directory(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def take_lock(file: IO[str]) -> None:
+    """Raises BlockingIOError if another process has the lock. On a file system without locks nothing is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if CAN_ASK:  # `is_locked` asks for this lock
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, WHOLE_FILE)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        log.warning("%s: %s; another process could work there at the same time", file.name, error.strerror)
+
+
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of the directory now."""
+    """Whether a process holds the lock of the directory now. On Linux this takes no lock, so it disturbs no process."""
     try:
         with (folder / "lock").open("rb") as file:
+            if CAN_ASK:
+                holder = fcntl.fcntl(file, fcntl.F_OFD_GETLK, WHOLE_FILE)
+                return struct.unpack_from("h", holder)[0] != fcntl.F_UNLCK
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

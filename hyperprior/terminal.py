@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+LATE = 30  # seconds of waiting between two warnings
+PATIENCE = 4  # seconds that a process has to end by itself after a signal
 WIDE = 140  # characters; from this width on, a bar and the elapsed time also fit
 
 
@@ -36,6 +41,29 @@ class Terminal:
 
     def warn(self, text: str) -> None:
         self.errors.print(f"warning: {text}", style="yellow", markup=False)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[Callable[[str], None]]:
+        """Yields f(name). While nothing but a read of `name` goes on, a warning says so every LATE seconds."""
+        began, name, ended = time.monotonic(), "", threading.Event()
+
+        def wait_for(what: str) -> None:
+            nonlocal began, name
+            began, name = time.monotonic(), what
+
+        def watch() -> None:
+            warned, told = "", 0
+            while not ended.wait(min(1, LATE / 4)):
+                told = told if warned == name else 0
+                if name and time.monotonic() - began > (told + 1) * LATE:
+                    warned, told = name, told + 1
+                    self.warn(f"nothing for {time.monotonic() - began:.0f} s: waiting for {name}")
+
+        threading.Thread(target=watch, name="waiting", daemon=True).start()
+        try:
+            yield wait_for
+        finally:
+            ended.set()
 
     @contextlib.contextmanager
     def track(self, label: str, total: int, done: int = 0) -> Iterator[Track]:
@@ -81,3 +109,10 @@ def shorten_note(note: str, room: int) -> str:
     while len(parts) > 1 and len("  ".join(parts)) > room:
         parts.pop()
     return "  ".join(parts)
+
+
+def exit_soon(code: int) -> None:
+    """Ends this process with `code` if it has not ended by itself in PATIENCE seconds: a thread may hang in a read."""
+    watchdog = threading.Timer(PATIENCE, os._exit, [code])
+    watchdog.daemon = True
+    watchdog.start()

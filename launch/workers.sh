@@ -82,7 +82,10 @@ wait_all() {
             fi
             wait "$pid"
             code=$?
-            if [ "$code" -ne 0 ] && [ -z "$deadline" ]; then deadline=$((SECONDS + settle)); fi
+            if [ "$code" -ne 0 ] && [ -z "$deadline" ]; then
+                deadline=$((SECONDS + settle))
+                kill -TERM "${pids[@]}" 2> /dev/null # without it the others may wait for the one that ended
+            fi
             if [ "$code" -gt 0 ] && [ "$code" -lt 75 ]; then
                 verdict="$code" # 1 to 4: a restart would not help
             elif [ "$code" -ne 0 ] && [ "$verdict" -eq 0 ]; then

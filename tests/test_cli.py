@@ -8,9 +8,11 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import typer
 from conftest import TINY, Command, encoded, photo, photos, tar_bytes
 from rich.console import Console
 
-from hyperprior import cli
+from hyperprior import cli, terminal
 from hyperprior.terminal import Terminal
 
 
@@ -239,3 +241,51 @@ def test_pack_continues_where_it_stopped_and_refuses_other_options(
     assert not list((tmp_path / "out").glob("*.tmp"))
     error = hyperprior("pack", flat_tar, "--out", "out", "--images-per-shard", "6", check=2).stderr
     assert "holds shards of other sources or options" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("command", ["inspect", "pack", "train"])
+def test_one_signal_ends_a_command_that_waits_for_its_input(
+    tmp_path: Path, empty_config: Path, command: str, number: signal.Signals
+) -> None:
+    source = "pipe:touch begun; sleep 100"
+    arguments = {
+        "inspect": ["inspect", source, "--allow-pipe"],
+        "pack": ["pack", source, "--allow-pipe", "--out", "shards"],
+        "train": ["train", empty_config, f"data.train=['{source}']", "data.allow_pipe=true", "--run", "r"],
+    }[command]
+    with subprocess.Popen([sys.executable, "-m", "hyperprior", *map(str, arguments)], cwd=tmp_path) as process:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == (75 if command == "train" else 128 + number)
+
+
+def test_only_regular_files_are_read(hyperprior: Command, tmp_path: Path, empty_config: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name, data in photos(4):
+        (tmp_path / "d" / name).write_bytes(data)
+    os.mkfifo(tmp_path / "d" / "zz.jpg")
+    os.mkfifo(tmp_path / "zz.tar")
+    report = json.loads(hyperprior("inspect", "d", "--json").stdout)
+    assert report["images"] == 5 and [name.split(": ")[1] for name, _ in report["unusable"]] == ["zz"]
+    assert "4 images in 1 shards" in hyperprior("pack", "d", "--out", "shards").stdout
+    assert "neither a regular file nor a directory" in hyperprior("inspect", "zz.tar", check=3).stderr
+
+
+def test_a_wait_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "LATE", 0.4)
+    shown = terminal.Terminal()
+    warnings: list[str] = []
+    monkeypatch.setattr(shown, "warn", warnings.append)
+    with shown.waiting() as wait_for:
+        time.sleep(0.8)
+        assert not warnings  # nothing is waited for
+        wait_for("a.tar")
+        time.sleep(1.5)
+        wait_for("b.tar")
+        time.sleep(0.9)
+    assert 2 <= sum("waiting for a.tar" in text for text in warnings) <= 3
+    assert 1 <= sum("waiting for b.tar" in text for text in warnings) <= 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,11 +77,17 @@ class Codec:
         self.z_offsets = weights.pop("z_offsets")
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
-        self.choice, self.pixels = engine, 0
-        if engine == "tensorflow" or (engine == "auto" and "tensorflow" in sys.modules):
-            self.engine: Any = self.tensorflow_engine
+        self.choice, self.pixels, self.process = engine, 0, os.getpid()
+        is_free = "tensorflow" in sys.modules and not stack.is_forked
+        self.engine: Any
+        if engine == "tensorflow" or (engine == "auto" and is_free):
+            self.engine = self.tensorflow_engine
         else:
-            self.engine = NumPyEngine(self.weights, self.layers, self.z_offsets, self.coder, model)
+            self.engine = self.numpy_engine
+
+    @functools.cached_property
+    def numpy_engine(self) -> NumPyEngine:
+        return NumPyEngine(self.weights, self.layers, self.z_offsets, self.coder, self.config.model)
 
     @functools.cached_property
     def tensorflow_engine(self) -> Any:
@@ -91,9 +98,20 @@ class Codec:
         return TensorFlowEngine(self.weights, self.layers, self.z_offsets, self.coder, self.config.model)
 
     def choose_engine(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Counts the pixels of images of (height, width), and changes to TensorFlow if it will save time."""
+        """Counts the pixels of images of (height, width), and changes to TensorFlow if it will save time.
+
+        Changes to NumPy in a process that was forked from one with TensorFlow, where TensorFlow could wait for threads
+        that it does not have. Raises ConfigError if TensorFlow was asked for.
+        """
         self.pixels += sum(height * width for height, width in sizes)
-        if self.choice == "auto" and self.pixels > TENSORFLOW_PAYS and stack.is_installed():
+        if stack.is_forked and self.process != os.getpid():
+            if self.choice == "tensorflow":
+                raise ConfigError(
+                    "TensorFlow does not work in a process that was forked after its start: load the model in that "
+                    "process with engine='numpy', or start the process with spawn or forkserver"
+                )
+            self.engine = self.numpy_engine
+        elif self.choice == "auto" and self.pixels > TENSORFLOW_PAYS and stack.is_installed():
             with contextlib.suppress(ConfigError):  # one that does not work
                 self.engine = self.tensorflow_engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
@@ -88,16 +88,23 @@ def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Ter
         report.ignored += images.count_other_files(
             folder, lambda name: images.is_training_image(name) or tars.is_tar(name)
         )
-    with terminal.track("inspecting", len(opened)) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        terminal.track("inspecting", len(opened)) as track,
+        terminal.waiting() as wait_for,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         for index, shard in enumerate(opened):
             if shard.part == 0:
                 groups = Counter[str]()
-            inspect_shard(shard, report, pool, groups)
+            wait_for(shard.name)
+            inspect_shard(shard, report, pool, groups, wait_for)
             track.update(index + 1)
     return report
 
 
-def inspect_shard(shard: Shard, report: Report, pool: ThreadPoolExecutor, groups: Counter[str]) -> None:
+def inspect_shard(
+    shard: Shard, report: Report, pool: ThreadPoolExecutor, groups: Counter[str], wait_for: Callable[[str], None]
+) -> None:
     """Adds a shard to the report. `groups`: the number of images of each key of the shard, and of its earlier parts."""
     count = 0
 
@@ -115,6 +122,7 @@ def inspect_shard(shard: Shard, report: Report, pool: ThreadPoolExecutor, groups
                     report.ignored[PurePosixPath(member.name).suffix.lower()] += 1
         for facts in stream.map_ahead(pool, inspect_image, samples()):
             count += 1
+            wait_for(f"what follows {facts.name}")
             report.formats[facts.kind] += 1
             report.bytes += facts.num_bytes
             if facts.reason:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple, Optional, Union
@@ -55,8 +55,11 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
     if options.encode not in (None, "jpeg", "png"):
         raise ConfigError(f"--encode is {options.encode!r}; allowed are jpeg and png")
     opened = shards.open_sources(sources, "source", allow_pipe=allow_pipe)
-    with storage.lock_directory(out):
-        samples = [(sample.key, find_size(sample)) for shard in opened for sample in shard.samples()]
+    with storage.lock_directory(out), terminal.waiting() as wait_for:
+        samples = []
+        for shard in opened:
+            wait_for(shard.name)
+            samples += [(sample.key, find_size(sample)) for sample in shard.samples()]
         plan = json.dumps({"samples": f"{draw(samples):016x}", "options": options._asdict()})
         plan_file = out / "pack.json"
         if plan_file.exists() and plan_file.read_text() != plan:
@@ -64,7 +67,7 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
         if not plan_file.exists() and any(out.glob("*.tar")):
             raise ConfigError(f"{out} holds tars already; choose another --out")
         storage.write_text(plan_file, plan)
-        paths = write_shards(opened, len(samples), out, options, terminal)
+        paths = write_shards(opened, len(samples), out, options, terminal, wait_for)
     if not paths:
         raise DataError(f"none of the {len(samples)} images can be packed; the warnings say why")
     count = sum(len(tars.list_members(str(path), 0, path.stat().st_size, str(path))) for path in paths)
@@ -84,7 +87,9 @@ def find_size(sample: Sample) -> int:
     return 0  # `prepare_sample` reports the unreadable file
 
 
-def write_shards(opened: list[Shard], total: int, out: Path, options: Options, terminal: Terminal) -> list[Path]:
+def write_shards(
+    opened: list[Shard], total: int, out: Path, options: Options, terminal: Terminal, wait_for: Callable[[str], None]
+) -> list[Path]:
     """Packs `total` samples, and returns the paths of all shards, new and old."""
     paths: list[Path] = []
     keys: set[str] = set()
@@ -95,7 +100,10 @@ def write_shards(opened: list[Shard], total: int, out: Path, options: Options, t
             named = [(sample, make_unique_key(sample.key, keys)) for sample in group]
             path = out / f"shards-{first // options.images_per_shard:06d}.tar"
             if not path.exists():
-                results = list(stream.map_ahead(pool, lambda pair: prepare_sample(*pair, options), iter(named)))
+                results: list[Union[Packed, LeftOut]] = []
+                for result in stream.map_ahead(pool, lambda pair: prepare_sample(*pair, options), iter(named)):
+                    wait_for(f"the image after {len(results)} of {path.name}")
+                    results.append(result)
                 for result in results:
                     if isinstance(result, LeftOut):
                         terminal.warn(f"left out {result.name}: {result.reason}")

@@ -52,6 +52,8 @@ class Sample(NamedTuple):
         if self.size is not None:
             return tars.read_at(self.path, self.offset, self.size)
         try:
+            if not Path(self.path).is_file() and Path(self.path).exists():  # a pipe would wait for a writer
+                raise DataError(f"{self.path} is no regular file")
             return Path(self.path).read_bytes()
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}") from error
@@ -168,6 +170,8 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
         if path.is_dir():
             return open_directory(path, key, allow_pipe)
         size = path.stat().st_size
+        if not path.is_file():
+            raise DataError(f"{key}: {location} is neither a regular file nor a directory")
         with path.open("rb"):
             pass
     except OSError as error:

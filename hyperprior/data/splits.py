@@ -18,6 +18,7 @@ from hyperprior.data.shards import Shard
 from hyperprior.draws import draw
 from hyperprior.errors import DataError
 from hyperprior.images import TRAINING_SUFFIXES
+from hyperprior.terminal import Terminal
 
 
 class Split(NamedTuple):
@@ -54,7 +55,7 @@ class Splits:
         return f"{draw(parts):016x}"
 
 
-def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Splits:
+def open_splits(settings: config.Data, batch_size: int, *, count: bool, terminal: Terminal | None = None) -> Splits:
     """Opens every source. Counts the samples of train for `count`, for splits, for max_images and for few shards.
 
     Raises DataError for every problem that can be found before training.
@@ -70,7 +71,8 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
         raise DataError("data.train names no source; give tars, directories or URLs")
     val_split, test_split = settings.splits()
     is_divided = bool(val_split or test_split or settings.max_images or len(whole) < batch_size)
-    keys = list_keys(whole, "train") if count or is_divided else None
+    terminal = terminal or Terminal()
+    keys = list_keys(whole, "train", terminal) if count or is_divided else None
     limit = 1.0
     if keys and settings.max_images and settings.max_images < len(keys):
         limit = sorted(lanes.draw_rank(lanes.group_of(key)) for key in keys)[settings.max_images]
@@ -85,7 +87,7 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool) -> Split
     def open_held_out(name: str, low: float, high: float) -> Split:
         if not sources[name]:
             return take_share_of_train(low, high)
-        return make_split(sources[name], lanes.ALL, list_keys(sources[name], name), with_digest=True)
+        return make_split(sources[name], lanes.ALL, list_keys(sources[name], name, terminal), with_digest=True)
 
     train = take_share_of_train(test_split + val_split, 1.0)
     if keys is not None and train.images < batch_size:
@@ -110,11 +112,14 @@ def make_split(all_shards: list[Shard], keep: Keep, keys: list[str], *, with_dig
     return Split(all_shards, keep, len(kept), draw(kept) if with_digest else 0)
 
 
-def list_keys(all_shards: list[Shard], name: str) -> list[str]:
+def list_keys(all_shards: list[Shard], name: str, terminal: Terminal) -> list[str]:
     """The keys of all samples, shard by shard. Reads tar headers and whole URLs. Raises DataError for none."""
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        keys_by_shard = pool.map(lambda shard: [sample.key for sample in shard.samples()], all_shards)
-        keys: list[str] = [key for shard_keys in keys_by_shard for key in shard_keys]
+    keys: list[str] = []
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool, terminal.waiting() as wait_for:
+        futures = [pool.submit(lambda shard: [sample.key for sample in shard.samples()], shard) for shard in all_shards]
+        for shard, future in zip(all_shards, futures):
+            wait_for(shard.name)
+            keys += future.result()
     if not keys:
         raise DataError(f"data.{name} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))})")
     return keys

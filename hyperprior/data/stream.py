@@ -27,11 +27,11 @@ from hyperprior.data.lanes import Cursor, Item, LostRest
 from hyperprior.data.shards import Sample, Shard
 from hyperprior.data.splits import Split
 from hyperprior.errors import DataError
+from hyperprior.terminal import LATE
 
 AHEAD = 3  # samples of each lane that are read ahead, at least
 GROUP = 32  # patches that one call of TensorFlow decodes
 PREFETCH = 2  # items that are ready before the trainer asks
-LATE = 30  # seconds of waiting for input between two warnings
 MAPPED_AHEAD = 64  # items of `map_ahead` in the pool
 MAX_SKIPPED = 1000  # skips in a row, over more than an epoch, before a lane raises an error
 

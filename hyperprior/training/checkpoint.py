@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 from hyperprior import config
-from hyperprior.errors import ConfigError
+from hyperprior.errors import ConfigError, LostWorker
 from hyperprior.storage import Arrays, TrainedWeights, load_arrays, save_arrays, with_prefix
 
 FORMAT = 1
+VISIBLE_AFTER = 60  # seconds until all workers must see a file that the chief sees
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -60,6 +62,23 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[Arr
     if steps:
         raise ConfigError(f"none of the {len(steps)} checkpoints in {folder} is intact; move them away for a new run")
     return None
+
+
+def wait_for(folder: Path, step: int) -> tuple[Arrays, dict[str, Any]]:
+    """Loads the checkpoint of this step, which another worker sees. A shared file system may show it late.
+
+    Raises LostWorker if it stays unreadable.
+    """
+    deadline = time.monotonic() + VISIBLE_AFTER
+    while True:
+        try:
+            return load_arrays(path_of(folder, step), FORMAT)
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise LostWorker(
+                    f"the chief resumes from step {step}, but here {error}; all workers must see the same run directory"
+                ) from error
+        time.sleep(1)
 
 
 def load_best(folder: Path, step: int) -> Arrays:

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from hyperprior import config, stack
 from hyperprior.errors import ConfigError, HyperpriorError, LostWorker, find_error_type
+from hyperprior.terminal import LATE
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ TF_CONFIG_KEYS = {"cluster", "task", "environment", "rpc_layer", "job"}  # Tenso
 class World:
     """The `strategy`, and all values that follow from it. A process makes one before any other use of TensorFlow."""
 
-    def __init__(self, settings: config.Distribute, batch_size: int):
+    def __init__(self, settings: config.Distribute, batch_size: int, warn: Callable[[str], None] = print):
         cluster, self.worker = read_tf_config()
         self.workers = max(len(cluster), 1)
         if settings.intra_op_threads:
@@ -52,7 +53,7 @@ class World:
         self.strategy: tf.distribute.Strategy
         if self.workers > 1:
             bypass_proxy(cluster)
-            wait_for_workers(cluster, self.worker, settings.start_timeout)
+            wait_for_workers(cluster, self.worker, settings.start_timeout, warn)
             with kill_after(settings.start_timeout), stack.use_cpu_devices(settings.cpu_devices or 1):
                 self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         elif self.local_replicas > 1 or gpus:
@@ -168,14 +169,19 @@ def bypass_proxy(cluster: list[str]) -> None:
     os.environ[name] = ",".join([*([others] if others else []), *sorted(hosts)])
 
 
-def wait_for_workers(cluster: list[str], own: int, seconds: int) -> None:
+def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[[str], None]) -> None:
     """Waits until every worker of `cluster` answers at its address. Raises LostWorker with those that do not.
 
     TensorFlow would wait without a limit and block all Python threads. Until TensorFlow opens this worker's port, a
     socket here answers on it. So an answer means that the worker has reached this point.
     """
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
+    told = LATE
     missing = dict(enumerate(cluster))
+
+    def describe_missing() -> str:
+        return f"{', '.join(f'worker {i} ({address})' for i, address in missing.items())} of {len(cluster)} workers"
+
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -186,15 +192,17 @@ def wait_for_workers(cluster: list[str], own: int, seconds: int) -> None:
                 f"TF_CONFIG gives this worker the address {cluster[own]}, but it cannot listen there: {error}; "
                 f"give it HOST:PORT with a free port"
             ) from error
-        while missing and time.monotonic() < deadline:
+        while missing and time.monotonic() < began + seconds:
             missing = {i: address for i, address in missing.items() if not is_reachable(address)}
             if missing:
                 time.sleep(0.2)
+            if missing and time.monotonic() - began > told:
+                warn(f"waiting for {describe_missing()} since {told} s, for {seconds} s at most")
+                told += LATE
     if missing:
         raise LostWorker(
-            f"no answer in {seconds} s (distribute.start_timeout) from "
-            f"{', '.join(f'worker {i} ({address})' for i, address in missing.items())} of {len(cluster)} workers; "
-            f"start the same command on all of them again"
+            f"no answer in {seconds} s (distribute.start_timeout) from {describe_missing()}; start the same command on "
+            f"all of them again"
         )
 
 

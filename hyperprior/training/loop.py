@@ -49,7 +49,7 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
     last checkpoint is then complete. All workers raise the same error, except a lost one.
     """
     with StopRequest() as stop, contextlib.ExitStack() as resources:
-        world = World(settings.distribute, settings.train.batch_size)
+        world = World(settings.distribute, settings.train.batch_size, terminal.warn)
         stop.install()
         if not world.is_chief:
             terminal = Terminal(quiet=True)
@@ -65,7 +65,7 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
             world.on_every_worker(take_directory)
             result = Trainer(settings, run, terminal, world, stop).run_to_end()
         except tf.errors.OpError as error:
-            if world.workers == 1:
+            if world.workers == 1 or not is_loss_of_peer(error):
                 raise
             reason = re.search("aborted by: (.*)", error.message)
             raise LostWorker(
@@ -73,6 +73,17 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
                 f"the checkpoints are intact: start the same command on all workers again"
             ) from error
     return result if world.is_chief else None
+
+
+def is_loss_of_peer(error: tf.errors.OpError) -> bool:
+    """Whether TensorFlow raises this error when another worker ends or stops answering. Its other errors are real."""
+    types = (
+        tf.errors.UnavailableError,
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+    )
+    return isinstance(error, types)
 
 
 def check_directory(run: Path) -> None:
@@ -96,11 +107,12 @@ class Trainer:
         self.settings, self.run, self.terminal, self.world, self.stop = settings, run, terminal, world, stop
         self.checkpoints = run / "checkpoints"
         must_count = Timetable.needs_count(settings)
-        self.splits = world.on_every_worker(lambda: open_splits(settings.data, world.batch_size, count=must_count))
+        self.splits = world.on_every_worker(
+            lambda: open_splits(settings.data, world.batch_size, count=must_count, terminal=terminal)
+        )
         self.timetable = Timetable(settings, self.splits.train.images, bool(self.splits.val.images))
-        saved = world.on_every_worker(lambda: resume.load(run, settings, self.splits, world.environment(), terminal))
-        data = resume.describe_data(self.splits)
-        world.check_same({"data": data, "checkpoint of step": saved.state.step if saved else None})
+        saved = self.load_saved()
+        world.check_same({"data": resume.describe_data(self.splits)})
         with tf.device("CPU:0"):
             stop.flag = tf.Variable(0.0, trainable=False)
         set_weights = self.keep_weights if saved else self.set_start_weights
@@ -114,6 +126,21 @@ class Trainer:
         self.evaluator = Evaluator(world, self.model, settings, stop)
         world.on_every_worker(self.check_held_out)
         self.train_steps = make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
+
+    def load_saved(self) -> Optional[resume.Saved]:
+        """Loads the run's newest intact checkpoint, or None. The chief chooses it; the others wait for it."""
+        world, folder, warn = self.world, self.checkpoints, self.terminal.warn
+        newest = world.on_every_worker(lambda: checkpoint.load_newest(folder, warn) if world.is_chief else None)
+        (step, *_) = world.gather(newest[1]["run"]["step"] if newest else None)
+        if step is None:
+            return None
+
+        def load() -> resume.Saved:
+            arrays, saved = newest or checkpoint.wait_for(folder, step)
+            resume.check(self.run, saved, self.settings, self.splits, world.environment(), self.terminal)
+            return resume.Saved(arrays, State.from_json(saved["run"]))
+
+        return world.on_every_worker(load)
 
     def keep_weights(self, model: ScaleHyperprior) -> None:
         """The checkpoint replaces them."""

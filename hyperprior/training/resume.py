@@ -90,14 +90,10 @@ class Saved(NamedTuple):
     state: State
 
 
-def load(
-    run: Path, settings: Config, splits: Splits, environment: dict[str, Any], terminal: Terminal
-) -> Optional[Saved]:
-    """Loads the run's newest intact checkpoint, or None. Prints allowed changes; raises ConfigError for others."""
-    newest = checkpoint.load_newest(run / "checkpoints", terminal.warn)
-    if newest is None:
-        return None
-    arrays, saved = newest
+def check(
+    run: Path, saved: dict[str, Any], settings: Config, splits: Splits, environment: dict[str, Any], terminal: Terminal
+) -> None:
+    """Prints the changes since a checkpoint's state that are allowed; raises ConfigError for others."""
     compare_config(run, validate(saved["config"], str(run)), settings, terminal)
     if saved["data"] not in (describe_data(splits), describe_data(splits, splits.fingerprint_of_0_1())):
         raise ConfigError(
@@ -110,7 +106,6 @@ def load(
                 f"{key} was {was} and is now {now}: the weights will not be bit-identical to "
                 f"those of an uninterrupted run"
             )
-    return Saved(arrays, State.from_json(saved["run"]))
 
 
 def compare_config(run: Path, before: Config, now: Config, terminal: Terminal) -> None:

@@ -5,7 +5,9 @@ Nothing here needs TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -35,6 +37,18 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return sorted(runs)
 
 
+def summarise_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The summaries of all runs among and below `folders`. Runs that are moved or deleted meanwhile are left out."""
+    summaries = []
+    for run in find_runs(folders):
+        try:
+            summaries.append(summarise(run))
+        except ConfigError:
+            if (run / "config.yaml").exists():
+                raise
+    return summaries
+
+
 def summarise(run: Path) -> dict[str, Any]:
     """State, lambda, step, metrics of the final test or else the last validation, and size in bytes."""
     settings = config.load_config(run / "config.yaml", [])
@@ -61,27 +75,38 @@ def summarise(run: Path) -> dict[str, Any]:
         "lambda": settings.loss.lmbda,
         "metric": settings.loss.metric,
         **{name: values[name] for name in RESULT if name in values},
-        "bytes": sum(path.stat().st_size for path in run.rglob("*") if path.is_file()),
+        "bytes": count_bytes(run),
         **({"reason": ended["reason"]} if ended else {}),
     }
 
 
+def count_bytes(folder: Path) -> int:
+    """The size of all files below `folder`. Files may go while they are counted."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(parent, name).lstat().st_size
+    return total
+
+
 def read_last_rows(run: Path) -> Iterator[dict[str, Any]]:
     """Yields the last complete lines of metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().splitlines()
+    except OSError:
         return
-    with path.open("rb") as file:
-        start = max(0, path.stat().st_size - TAIL_BYTES)
-        file.seek(start)
-        for number, line in enumerate(file.read().splitlines()):
-            try:
-                row = json.loads(line)
-                row["kind"], row["step"]
-                yield row
-            except (ValueError, TypeError, KeyError):
-                if number or not start:  # a kill cut off the last line; the first may begin before `start`
-                    return
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            row["kind"], row["step"]
+            yield row
+        except (ValueError, TypeError, KeyError):
+            if number or not start:  # a kill cut off the last line; the first may begin before `start`
+                return
 
 
 def read_result(run: Path) -> Optional[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Optional
 import tensorflow as tf
 
 from hyperprior.errors import HyperpriorError, Stopped
+from hyperprior.terminal import exit_soon
 
 
 class StopRequest:
@@ -56,6 +57,8 @@ class StopRequest:
             while reader.recv(1):
                 if self.in_loop:
                     self.request()
+                else:
+                    exit_soon(Stopped.exit_code)
 
     def _handle(self, number: int, frame: Optional[FrameType]) -> None:
         if not self.in_loop:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -516,6 +519,66 @@ def test_every_loss_in_a_photograph_is_noted() -> None:
     assert images.decode_photo(frames[: len(frames) * 2 // 3])[0].shape == (80, 96, 3)  # the second frame is cut
     with pytest.raises(images.Unusable, match="Pillow"):
         images.decode_photo(b"")
+
+
+DECODE_IN_CHILD = """
+import multiprocessing, os, sys
+import numpy as np
+from PIL import Image
+import hyperprior.pillow
+from hyperprior.codec import load
+from hyperprior.errors import ConfigError
+
+path, engine = sys.argv[1], sys.argv[2]
+data = open(path, "rb").read()
+codec = load("q1", engine=engine)
+codec.decompress(data)                       # the parent has decoded once
+first = np.asarray(Image.open(path))
+
+def decode(number):
+    try:
+        codec.decompress(data)
+        own = "decodes"
+    except ConfigError as error:
+        own = str(error)
+    return own, np.array_equal(np.asarray(Image.open(path)), first)
+
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(pool.map_async(decode, range(4)).get(120))
+"""
+
+
+@pytest.mark.parametrize("engine", ["numpy", "tensorflow", "auto"])
+def test_a_forked_process_decodes_or_says_why_not(tmp_path: Path, engine: str) -> None:
+    photo(1).save(tmp_path / "x.hyp", model="q1")
+    command = [sys.executable, "-c", DECODE_IN_CHILD, str(tmp_path / "x.hyp"), engine]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+    own = "TensorFlow does not work in a process that was forked" if engine == "tensorflow" else "decodes"
+    assert output.count(own) == 4 and output.count("True") == 4, output
+
+
+def test_an_opened_image_travels_like_any_other(tmp_path: Path) -> None:
+    photo(1).save(tmp_path / "x.hyp", model="q1")
+    pixels = np.asarray(Image.open(tmp_path / "x.hyp"))
+    for travel in (copy.copy, copy.deepcopy, lambda image: pickle.loads(pickle.dumps(image))):
+        for is_loaded in (False, True):
+            with Image.open(tmp_path / "x.hyp") as image:
+                if is_loaded:
+                    image.load()
+                arrived = travel(image)
+                assert arrived.size == (96, 80) and np.array_equal(np.asarray(arrived), pixels)
+                assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_a_file_that_cannot_be_read_is_the_os_error_that_users_of_pillow_expect(tmp_path: Path) -> None:
+    photo(1).save(tmp_path / "x.hyp", model="q1")
+    data = (tmp_path / "x.hyp").read_bytes()
+    header = data[:5] + bytes(8) + data[13:-4]  # of a model that is not here
+    unknown = header + zlib.crc32(header).to_bytes(4, "little")
+    for damaged in (data[:6], data[:-3], data[:60] + bytes([data[60] ^ 1]) + data[61:], unknown):
+        with pytest.raises(OSError) as raised:
+            Image.open(io.BytesIO(damaged)).load()
+        assert isinstance(raised.value, BitstreamError) and str(raised.value)
 
 
 def test_pillow_opens_and_saves(model: Codec, run: Path, tmp_path: Path) -> None:

@@ -68,6 +68,16 @@ def test_workers_sh_prints_its_usage_and_passes_exit_codes_on(stand_in: dict[str
     assert running.wait(10) == 75  # no restart after SIGTERM
 
 
+def test_workers_sh_ends_the_others_when_one_has_ended(stand_in: dict[str, str]) -> None:
+    """A worker that dies before all have met would else be waited for until distribute.start_timeout."""
+    command = Path(stand_in["HYPERPRIOR"])
+    text = command.read_text().replace('"$CODE" = wait', '"${TF_CONFIG##*index}" = \'": 0}}\'').replace("30", "300")
+    command.write_text(text)
+    script = [ROOT / "launch" / "workers.sh", "--max-restarts", "0", "3", "c.yaml"]
+    ended = subprocess.run(script, env={**stand_in, "CODE": "75"}, stderr=subprocess.DEVNULL, timeout=55)
+    assert ended.returncode == 75
+
+
 def make_checkout(folder: Path, **commands: str) -> None:
     """A checkout for `launch/local.sh` whose `.venv` holds these commands, each with the text of a shell script."""
     for name in ("launch/environment.sh", "launch/local.sh", "pyproject.toml"):

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from hyperprior.errors import ConfigError
+from hyperprior.errors import ConfigError, LostWorker
+from hyperprior.training import checkpoint, distribute, loop
 from hyperprior.training.distribute import read_tf_config
 
 TASK = {"type": "worker", "index": 1}
@@ -61,3 +69,47 @@ def test_what_is_not_understood_is_refused(monkeypatch: pytest.MonkeyPatch, text
     with pytest.raises(ConfigError, match="TF_CONFIG is .*as TensorFlow documents") as error:
         read_tf_config()
     assert problem in str(error.value)
+
+
+def test_while_workers_are_missing_a_warning_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distribute, "LATE", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        own = f"127.0.0.1:{free.getsockname()[1]}"
+    warnings: list[str] = []
+    with pytest.raises(LostWorker, match=r"no answer in 3 s .* worker 1 \(127.0.0.1:9\) of 2"):
+        distribute.wait_for_workers([own, "127.0.0.1:9"], 0, 3, warnings.append)
+    assert 3 <= len(warnings) <= 6 and all("waiting for worker 1 (127.0.0.1:9) of 2" in text for text in warnings)
+
+
+def test_workers_go_around_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "no_grpc_proxy"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "intranet")
+    distribute.bypass_proxy(["node-1:20000", "[::1]:20001", "node-1:20002"])
+    assert os.environ[name] == "intranet,::1,node-1"
+
+
+def test_only_the_errors_of_a_lost_peer_are_a_lost_worker() -> None:
+    lost = {"UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError"}
+    types = [getattr(tf.errors, name) for name in dir(tf.errors) if name.endswith("Error") and name != "OpError"]
+    assert (
+        lost == {kind.__name__ for kind in types if loop.is_loss_of_peer(kind(None, None, "text"))} and len(types) > 12
+    )
+
+
+def test_the_checkpoint_that_the_chief_chose_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "VISIBLE_AFTER", 0)
+    with pytest.raises(LostWorker, match="the chief resumes from step 7, but here .*step-000000007.npz"):
+        checkpoint.wait_for(tmp_path, 7)
+    monkeypatch.setattr(checkpoint, "VISIBLE_AFTER", 60)
+
+    def write_late() -> None:
+        time.sleep(0.5)
+        checkpoint.save(checkpoint.path_of(tmp_path, 7), {"a": np.ones(3)}, {"run": {"step": 7}})
+
+    thread = threading.Thread(target=write_late)
+    thread.start()
+    arrays, state = checkpoint.wait_for(tmp_path, 7)
+    thread.join()
+    assert np.array_equal(arrays["a"], np.ones(3)) and state["run"]["step"] == 7

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import TINY, Command
 from workers import start_training, wait_for
 
+from hyperprior import storage
 from hyperprior.config import load_config
+from hyperprior.errors import ConfigError
 from hyperprior.machine import doctor
 from hyperprior.training import runs
 
@@ -96,3 +102,48 @@ def test_doctor_recommends_bfloat16_only_on_cpus_with_support(monkeypatch: pytes
     assert lines_for({"avx512_bf16"}, "mixed_bfloat16") == lines_for({"avx2"}, "float32") == []
     assert lines_for({"avx2"}, "mixed_bfloat16")[0].startswith("! precision")
     assert doctor.check_precision(None) == []
+
+
+def test_a_look_at_a_run_disturbs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "r"
+    (folder / "checkpoints").mkdir(parents=True)
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            storage.is_locked(folder)
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(300):
+            with storage.lock_directory(folder):
+                assert storage.is_locked(folder)
+            assert not storage.is_locked(folder)
+    finally:
+        ended.set()
+    refused = pytest.raises(ConfigError, match="another process is working in")
+    with storage.lock_directory(folder), refused, storage.lock_directory(folder):
+        pass
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with storage.lock_directory(folder):  # a file system without locks is not another process
+        pass
+
+
+def test_runs_that_go_while_they_are_read_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+        (tmp_path / name / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n')
+    found = runs.find_runs([tmp_path])
+    monkeypatch.setattr(runs, "find_runs", lambda folders: found)
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "b" / "metrics.jsonl").unlink()
+    (summary,) = runs.summarise_all([tmp_path])
+    assert summary["run"] == str(tmp_path / "b") and summary["bytes"] == len("seed: 0\n")
