@@ -29,8 +29,8 @@ from hyperprior.config.writing import (
     hide_secrets,
     json_schema,
     render,
+    to_model_tree,
     without_secrets,
-    without_sources,
 )
 
 __all__ = [
@@ -51,7 +51,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "render",
+    "to_model_tree",
     "validate",
     "without_secrets",
-    "without_sources",
 ]

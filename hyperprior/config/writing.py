@@ -72,9 +72,16 @@ def without_secrets(config: Config) -> Config:
     return config.model_copy(update={"data": data.model_copy(update=sources)})
 
 
-def without_sources(config: Config) -> Config:
-    """The config as it goes with a model to others."""
-    return config.model_copy(update={"data": config.data.model_copy(update={name: [] for name in SOURCES})})
+def to_model_tree(config: Config) -> dict[str, Any]:
+    """The config that goes with a model to others, without sources, as plain values.
+
+    Only `model` and `loss` are complete. Other keys have their defaults where they are missing, so a version that does
+    not know a later key can read the model.
+    """
+    changed = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    whole = config.to_dict()
+    data = {name: value for name, value in changed.pop("data", {}).items() if name not in SOURCES}
+    return {**changed, "data": data, "model": whole["model"], "loss": whole["loss"]}
 
 
 class Difference(NamedTuple):

@@ -23,7 +23,7 @@ import tensorflow as tf
 from hyperprior import __version__, storage
 from hyperprior.codec import box, codec, making, native, serving
 from hyperprior.codec.codec import Codec
-from hyperprior.config import without_sources
+from hyperprior.config import to_model_tree
 from hyperprior.data import splits, stream
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.model.hyperprior import ScaleHyperprior, pad
@@ -160,7 +160,7 @@ def make_exported(trained: TrainedWeights, weights: str, origin: str, stored: Op
         "format": box.FORMAT,
         "fingerprint": made.fingerprint,
         "info": info,
-        "config": without_sources(trained.settings).to_dict(),
+        "config": to_model_tree(trained.settings),
     }
     return Exported(made, arrays, description)
 
