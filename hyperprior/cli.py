@@ -517,7 +517,9 @@ def main() -> None:
     except (HyperpriorError, OSError) as error:
         if show_traceback:
             raise
-        print(f"hyperprior: {error}", file=sys.stderr)
+        from hyperprior.terminal import show_controls
+
+        print(f"hyperprior: {show_controls(str(error))}", file=sys.stderr)
         if isinstance(error, HyperpriorError):
             sys.exit(error.exit_code)
         # For example, a full disk behind stdout, or a file name that is too long.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from rich.table import Table
 
 LATE = 30  # seconds of waiting between two warnings
 PATIENCE = 4  # seconds that a process has to end by itself after a signal
+CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 WIDE = 140  # characters; from this width on, a bar and the elapsed time also fit
 
 
@@ -32,7 +34,7 @@ class Terminal:
         self.errors = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
 
     def say(self, text: str | Table) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(show_controls(text) if isinstance(text, str) else text, markup=False)
 
     def tell(self, result: Any) -> None:
         """Prints the result of a command as JSON, for programs. A command calls this once."""
@@ -40,7 +42,7 @@ class Terminal:
             print(json.dumps(result, indent=2), file=sys.stderr if self.to_stderr else sys.stdout)
 
     def warn(self, text: str) -> None:
-        self.errors.print(f"warning: {text}", style="yellow", markup=False)
+        self.errors.print(f"warning: {show_controls(text)}", style="yellow", markup=False)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[Callable[[str], None]]:
@@ -101,6 +103,11 @@ class Track:
         self.update(done, note)
         if not self.bar:
             self.terminal.say(f"{done}/{self.total}  {note}")
+
+
+def show_controls(text: str) -> str:
+    """The text with control characters as escapes: the name of a file could otherwise command the terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def shorten_note(note: str, room: int) -> str:

@@ -289,3 +289,29 @@ def test_a_wait_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.9)
     assert 2 <= sum("waiting for a.tar" in text for text in warnings) <= 3
     assert 1 <= sum("waiting for b.tar" in text for text in warnings) <= 2
+
+
+def test_a_name_cannot_command_the_terminal(hyperprior: Command, tmp_path: Path, empty_config: Path) -> None:
+    name = "a\x1b]0;title\x07\x9b2Jb.jpg"
+    (tmp_path / name).write_bytes(b"no image")
+    for arguments, code in ((["compress", name], 3), (["inspect", f"{name}.tar"], 3), (["inspect", name], 0)):
+        shown = hyperprior(*arguments, check=code)
+        assert not set("\x1b\x07\x9b") & set(shown.stdout + shown.stderr)
+        assert "\\x1b]0;title\\x07" in shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decompress", "x.hyp", "--format", "../x"], "--format is `/x`; it must be an extension"),
+        (["decompress", "x.hyp", "--format", ""], "--format is ``"),
+        (["inspect", "shards/*.tar"], "patterns with * are not expanded"),
+        (["config", "CONFIG", "train.decay_steps=[-5]"], "train.decay_steps"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_the_way_out(
+    hyperprior: Command, empty_config: Path, arguments: list[str], message: str
+) -> None:
+    words = [str(empty_config) if word == "CONFIG" else word for word in arguments]
+    result = hyperprior(*words, check=None)
+    assert result.returncode in (2, 3) and message in result.stderr and result.stderr.count("\n") <= 2, result.stderr

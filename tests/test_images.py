@@ -241,3 +241,17 @@ def test_an_alpha_channel_of_a_bmp_that_nobody_wrote_is_ignored(alpha: int) -> N
     image, notes = images.decode_photo(data)
     assert np.array_equal(decode(data), image)
     assert bool(notes) == bool(alpha) and (flattened is None or np.array_equal(image, flattened))
+
+
+@pytest.mark.parametrize("junk", [b"\0", b"abc", b"\xff", b"\xff\xff\xff", b"\0\xff\0", b"\x01" * 50])
+def test_stray_bytes_between_segments_of_a_jpeg_are_read_over_as_decoders_do(junk: bytes) -> None:
+    data = encoded(photo(1))
+    starts = [2]
+    while data[starts[-1] + 1] != 0xDA:
+        starts.append(starts[-1] + 2 + int.from_bytes(data[starts[-1] + 2 : starts[-1] + 4], "big"))
+    whole = decode(data)
+    for start in starts[1:]:  # behind the first two bytes all decoders want a marker
+        damaged = data[:start] + junk + data[start:]
+        assert np.array_equal(decode(damaged), whole)
+        assert np.array_equal(images.decode_photo(damaged)[0], whole)
+        assert np.array_equal(cut_patches(damaged, 64, [Place(5, 7)]), cut_patches(data, 64, [Place(5, 7)]))

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -217,8 +218,8 @@ def decompress(
     engine: str = "auto",
 ) -> None:
     """`hyperprior decompress`."""
-    if suffix == ".":
-        raise ConfigError("--format is empty; png is the default")
+    if not re.fullmatch(r"\.[a-z0-9]+", suffix):
+        raise ConfigError(f"--format is `{suffix[1:]}`; it must be an extension such as png, the default")
     jobs = plan(sources, out, (SUFFIX,), suffix, force)
     formats = Image.registered_extensions()
 

@@ -191,7 +191,9 @@ class Train(Section):
     )
     warmup_steps: int = field(0, "steps over which the learning rate rises from 0", may_change=True, ge=0)
     final_learning_rate: float = field(0.0, "learning rate at the end of `cosine`", may_change=True, ge=0)
-    decay_steps: list[int] = field([], "steps at which schedule `steps` applies decay_factor", may_change=True)
+    decay_steps: list[Annotated[int, Field(ge=1)]] = field(
+        [], "steps at which schedule `steps` applies decay_factor", may_change=True
+    )
     decay_factor: float = field(0.1, "factor of schedule `steps`", may_change=True, gt=0, lt=1)
     clip_norm: Optional[float] = field(1.0, "gradients are scaled to at most this global norm; null: never", gt=0)
     ema: Optional[float] = field(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -175,7 +176,10 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
         with path.open("rb"):
             pass
     except OSError as error:
-        raise DataError(f"{key}: {location} cannot be read: {error.strerror}") from error
+        hint = ""
+        if re.search(r"[*?\[]", location):
+            hint = "; patterns with * are not expanded: name the folder, or write shards-{000000..000127}.tar"
+        raise DataError(f"{key}: {location} cannot be read: {error.strerror}{hint}") from error
     if is_tar(path.name):
         return open_tar(str(path), size)
     if is_training_image(path.name):

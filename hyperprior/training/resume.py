@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -33,8 +34,8 @@ class Best:
     stale: int = 0
 
     def update(self, loss: float, step: int) -> bool:
-        """Counts a validation. Returns True if it is the best so far."""
-        if self.loss is not None and loss >= self.loss:
+        """Counts a validation. Returns True if it is the best so far. NaN, of a validation without images, never is."""
+        if math.isnan(loss) or (self.loss is not None and loss >= self.loss):
             self.stale += 1
             return False
         self.loss, self.step, self.stale = loss, step, 0

@@ -48,9 +48,10 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def request(self, error: Optional[HyperpriorError] = None) -> None:
-        self.requested, self.error = True, self.error or error
-        if self.flag is not None:
+        self.error = self.error or error
+        if self.flag is not None:  # first: whoever sees `requested` relies on the steps to stop
             self.flag.assign(1.0)
+        self.requested = True
 
     def _listen(self, reader: socket.socket) -> None:
         with reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from pathlib import Path
 
@@ -88,3 +89,11 @@ def test_a_url_signed_anew_is_the_same_data_and_its_secrets_are_stored_nowhere(
     config = json.loads((tmp_path / "m" / "model.json").read_text())["config"]
     assert set(config["data"]) == {"patch_size", "eval_crop", "val_split", "test_split", "allow_pipe"}  # what was set
     assert {"num_filters", "num_scales"} <= config["model"].keys() and "summaries" in config
+
+
+def test_a_validation_without_images_is_never_the_best() -> None:
+    best = Best()
+    assert [best.update(loss, step) for step, loss in enumerate([math.nan, 2.0, math.nan, 3.0, 1.0])] == [
+        *(False, True, False, False, True)
+    ]
+    assert (best.loss, best.step, best.stale) == (1.0, 4, 0)
