@@ -229,6 +229,12 @@ def kill_after(seconds: int) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+def is_loss_of_peer(error: tf.errors.OpError) -> bool:
+    """Whether TensorFlow raises this error when another worker ends or stops answering. Its other errors are real."""
+    lost = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError
+    return isinstance(error, lost)
+
+
 def read_tf_config() -> tuple[list[str], int]:
     """Reads (addresses of all workers, index of this worker) from TF_CONFIG; ([], 0) if it names no cluster.
 

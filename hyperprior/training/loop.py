@@ -25,7 +25,7 @@ from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, LostW
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
 from hyperprior.terminal import Terminal, Track
-from hyperprior.training import checkpoint, resume, runs
+from hyperprior.training import checkpoint, distribute, resume, runs
 from hyperprior.training.calls import Call, Calls
 from hyperprior.training.distribute import World
 from hyperprior.training.feed import Feed
@@ -65,7 +65,7 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
             world.on_every_worker(take_directory)
             result = Trainer(settings, run, terminal, world, stop).run_to_end()
         except tf.errors.OpError as error:
-            if world.workers == 1 or not is_loss_of_peer(error):
+            if world.workers == 1 or not distribute.is_loss_of_peer(error):
                 raise
             reason = re.search("aborted by: (.*)", error.message)
             raise LostWorker(
@@ -73,17 +73,6 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
                 f"the checkpoints are intact: start the same command on all workers again"
             ) from error
     return result if world.is_chief else None
-
-
-def is_loss_of_peer(error: tf.errors.OpError) -> bool:
-    """Whether TensorFlow raises this error when another worker ends or stops answering. Its other errors are real."""
-    types = (
-        tf.errors.UnavailableError,
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.DeadlineExceededError,
-    )
-    return isinstance(error, types)
 
 
 def check_directory(run: Path) -> None:

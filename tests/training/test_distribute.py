@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 from hyperprior.errors import ConfigError, LostWorker
-from hyperprior.training import checkpoint, distribute, loop
+from hyperprior.training import checkpoint, distribute
 from hyperprior.training.distribute import read_tf_config
 
 TASK = {"type": "worker", "index": 1}
@@ -94,7 +94,8 @@ def test_only_the_errors_of_a_lost_peer_are_a_lost_worker() -> None:
     lost = {"UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError"}
     types = [getattr(tf.errors, name) for name in dir(tf.errors) if name.endswith("Error") and name != "OpError"]
     assert (
-        lost == {kind.__name__ for kind in types if loop.is_loss_of_peer(kind(None, None, "text"))} and len(types) > 12
+        lost == {kind.__name__ for kind in types if distribute.is_loss_of_peer(kind(None, None, "text"))}
+        and len(types) > 12
     )
 
 
