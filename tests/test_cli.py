@@ -254,7 +254,11 @@ def test_one_signal_ends_a_command_that_waits_for_its_input(
         "pack": ["pack", source, "--allow-pipe", "--out", "shards"],
         "train": ["train", empty_config, f"data.train=['{source}']", "data.allow_pipe=true", "--run", "r"],
     }[command]
-    with subprocess.Popen([sys.executable, "-m", "hyperprior", *map(str, arguments)], cwd=tmp_path) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "hyperprior", *map(str, arguments)],
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    ) as process:
         while not (tmp_path / "begun").exists():
             assert process.poll() is None
             time.sleep(0.05)
