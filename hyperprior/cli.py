@@ -17,7 +17,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from hyperprior import __version__, stack
-from hyperprior.errors import ConfigError, HyperpriorError
+from hyperprior.errors import ConfigError, DataError, HyperpriorError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -37,6 +37,7 @@ Engine = Annotated[
 ]
 Out = Annotated[Optional[str], typer.Option("-o", "--out", help="A file, a directory, or - for stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
+Skip = Annotated[bool, typer.Option("--skip-existing", help="Leave out images whose file exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only warnings and errors.")]
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="Tars, directories, patterns or URLs.")]
@@ -72,7 +73,12 @@ show_traceback = False
 
 @app.command()
 def train(
-    config: ConfigFile,
+    config: Annotated[
+        Optional[Path],
+        typer.Argument(
+            metavar="[CONFIG]", help="A YAML file, such as configs/quickstart.yaml. Default: that of --run."
+        ),
+    ] = None,
     overrides: Overrides = None,
     run: Annotated[
         Optional[Path], typer.Option(help="Run directory; resumed if it holds a run. Default: runs/NAME-OF-CONFIG.")
@@ -88,7 +94,8 @@ def train(
     from hyperprior.terminal import Terminal
 
     stack.restart_with_allocator()
-    settings = load_config(config, overrides or [])
+    config, overrides = find_config(config, overrides or [], run)
+    settings = load_config(config, overrides)
     terminal = Terminal(quiet, as_json=as_json)
     folder = run or Path("runs") / config.stem
     stack.start_tensorflow(settings.train.precision)
@@ -193,6 +200,7 @@ def compress(
     out: Out = None,
     effort: Effort = 0,
     force: Force = False,
+    skip_existing: Skip = False,
     verify: Annotated[bool, typer.Option("--verify", help="Also decode, and print PSNR and MS-SSIM.")] = False,
     engine: Engine = "auto",
     quiet: Quiet = False,
@@ -206,7 +214,8 @@ def compress(
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else images), as_json)
-    files.compress(images, box.choose(model, quality), out, effort, force, verify, terminal, engine)
+    existing = choose_existing(force, skip_existing)
+    files.compress(images, box.choose(model, quality), out, effort, existing, verify, terminal, engine)
 
 
 @app.command()
@@ -216,6 +225,7 @@ def decompress(
     out: Out = None,
     suffix: Annotated[str, typer.Option("--format", help="Extension of files that -o does not name.")] = ".png",
     force: Force = False,
+    skip_existing: Skip = False,
     max_pixels: Annotated[
         Optional[int], typer.Option(min=1, help="Refuse larger images. Default: the limit of `compress`.")
     ] = None,
@@ -233,7 +243,8 @@ def decompress(
     from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else hyp), as_json)
-    files.decompress(hyp, model, out, "." + suffix.lower().lstrip("."), force, max_pixels, terminal, engine)
+    existing, suffix = choose_existing(force, skip_existing), "." + suffix.lower().lstrip(".")
+    files.decompress(hyp, model, out, suffix, existing, max_pixels, terminal, engine)
 
 
 @app.command()
@@ -250,6 +261,8 @@ def info(
     terminal, facts = Terminal(as_json=as_json), job.info(path, model)
     terminal.say("\n".join(job.lines(facts)))
     terminal.tell(facts)
+    if facts.get("fits") is False:
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command()
@@ -452,6 +465,8 @@ def doctor(
     for finding in findings:
         terminal.say(finding.line())
     terminal.tell(job.to_dict(findings))
+    if any(finding.is_fatal for finding in findings):
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command(name="config")
@@ -470,6 +485,23 @@ def config_command(
         print(json.dumps(settings.json_schema(), indent=2))
     else:
         print(settings.render(settings.load_config(config, overrides or [])), end="")
+
+
+def choose_existing(force: bool, skip: bool) -> Any:
+    if force and skip:
+        raise ConfigError("--force replaces files that exist, and --skip-existing leaves them alone; give one of them")
+    return "replace" if force else "skip" if skip else "refuse"
+
+
+def find_config(config: Optional[Path], overrides: list[str], run: Optional[Path]) -> tuple[Path, list[str]]:
+    """The config of `train`: CONFIG, or that of the run that goes on. `config`: the first argument, or None."""
+    if config and "=" in str(config) and not config.exists():
+        config, overrides = None, [str(config), *overrides]
+    if config is None:
+        if run is None or not (run / "config.yaml").is_file():
+            raise ConfigError("there is no CONFIG; give a YAML file, or --run with the directory of a run to continue")
+        config = run / "config.yaml"
+    return config, overrides
 
 
 def take_local_paths(command: Any) -> Any:

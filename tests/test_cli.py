@@ -319,3 +319,37 @@ def test_a_wrong_argument_is_one_line_with_the_way_out(
     words = [str(empty_config) if word == "CONFIG" else word for word in arguments]
     result = hyperprior(*words, check=None)
     assert result.returncode in (2, 3) and message in result.stderr and result.stderr.count("\n") <= 2, result.stderr
+
+
+def test_a_run_goes_on_without_its_config(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    words = [*TINY, f"data.train=[{flat_tar}]", "train.validate_every=null", "train.steps=2"]
+    hyperprior("train", empty_config, *words, "--run", "r")
+    assert "resumed at step 2" in hyperprior("train", "train.steps=3", "--run", "r").stdout
+    assert "is done: 3 steps" in hyperprior("train", "--run", "r").stdout
+    for arguments in (["--run", "none"], ["train.steps=3"], []):
+        assert "there is no CONFIG; give a YAML file, or --run" in hyperprior("train", *arguments, check=2).stderr
+
+
+def test_what_will_not_work_has_an_exit_code(hyperprior: Command, tmp_path: Path, empty_config: Path) -> None:
+    photo(1).save(tmp_path / "x.png")
+    hyperprior("compress", "x.png", "--quality", "1")
+    assert hyperprior("info", "x.hyp", "--model", "q1").returncode == 0
+    assert "fits             False" in hyperprior("info", "x.hyp", "--model", "q2", check=3).stdout
+    assert "missing.tar" in hyperprior("doctor", empty_config, "data.train=[missing.tar]", check=3).stdout
+
+
+def test_a_folder_with_new_photographs_is_compressed_again(hyperprior: Command, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    photo(1).save(tmp_path / "d" / "a.png")
+    hyperprior("compress", "d", "--quality", "1")
+    before = (tmp_path / "d" / "a.hyp").stat()
+    photo(2).save(tmp_path / "d" / "b.png")
+    assert "exists; --force" in hyperprior("compress", "d", "--quality", "1", check=2).stderr
+    assert "give one of them" in hyperprior("compress", "d", "--force", "--skip-existing", check=2).stderr
+    rows = json.loads(hyperprior("compress", "d", "--quality", "1", "--skip-existing", "--json").stdout)
+    assert [Path(row["target"]).name for row in rows] == ["b.hyp"]
+    assert (tmp_path / "d" / "a.hyp").stat() == before
+    assert json.loads(hyperprior("compress", "d", "--skip-existing", "--json").stdout) == []
+    assert hyperprior("decompress", "d", "--skip-existing").returncode == 0

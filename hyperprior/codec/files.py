@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Optional, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Optional, TextIO
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".hyp"
 ANY_SIZE = 2**32  # pixels: more than a header can declare
+Existing = Literal["refuse", "replace", "skip"]  # what becomes of sources whose target exists
 STANDARD = "-"  # standard input or output
 QUALITIES = ("psnr_db", "ms_ssim")  # the metrics that --verify prints
 
@@ -49,19 +50,22 @@ class Job(NamedTuple):
 
 
 def plan(
-    sources: Sequence[str], out: Optional[str], suffixes: Sequence[str], new_suffix: str, force: bool
+    sources: Sequence[str], out: Optional[str], suffixes: Sequence[str], new_suffix: str, existing: Existing
 ) -> list[Job]:
     """The job of each source. Its target is beside it, in the directory `out`, or `out` itself.
 
-    Directories are searched for `suffixes`. Raises ConfigError, before any file is read, if a source is missing, if two
-    sources have one target, or if a target exists and must not be overwritten.
+    Directories are searched for `suffixes`. `existing` says what becomes of sources whose target exists. Raises
+    ConfigError, before any file is read, if a source is missing, if two sources have one target, or if a target exists
+    and must not be overwritten.
     """
     try:
         names = list_sources(sources, suffixes)
         jobs = [
             Job(source, target) for (source, _), target in zip(names, choose_targets(names, sources, out, new_suffix))
         ]
-        check_targets(jobs, force)
+        if existing == "skip":
+            jobs = [job for job in jobs if job.target == STANDARD or not Path(job.target).exists()]
+        check_targets(jobs, force=existing == "replace")
     except OSError as error:  # a name that is too long, a directory without permission
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
     return jobs
@@ -119,7 +123,7 @@ def check_targets(jobs: Sequence[Job], force: bool) -> None:
         if not place.is_file():
             raise ConfigError(f"{job.target} exists and is no file; give another -o")
         if not force:
-            raise ConfigError(f"{job.target} exists; --force overwrites it")
+            raise ConfigError(f"{job.target} exists; --force overwrites it, --skip-existing leaves it alone")
 
 
 # Converting -----------------------------------------------------------------------------------------------
@@ -181,13 +185,13 @@ def compress(
     model: str,
     out: Optional[str],
     effort: int,
-    force: bool,
+    existing: Existing,
     verify: bool,
     terminal: Terminal,
     engine: str = "auto",
 ) -> None:
     """`hyperprior compress`."""
-    jobs = plan(sources, out, PHOTO_SUFFIXES, SUFFIX, force)
+    jobs = plan(sources, out, PHOTO_SUFFIXES, SUFFIX, existing)
     for folder in (path for path in map(Path, sources) if path.is_dir()):
         others = images.count_other_files(folder, lambda name: name.lower().endswith((*PHOTO_SUFFIXES, SUFFIX)))
         if others:
@@ -212,7 +216,7 @@ def decompress(
     model: Optional[str],
     out: Optional[str],
     suffix: str,
-    force: bool,
+    existing: Existing,
     max_pixels: Optional[int],
     terminal: Terminal,
     engine: str = "auto",
@@ -220,7 +224,7 @@ def decompress(
     """`hyperprior decompress`."""
     if not re.fullmatch(r"\.[a-z0-9]+", suffix):
         raise ConfigError(f"--format is `{suffix[1:]}`; it must be an extension such as png, the default")
-    jobs = plan(sources, out, (SUFFIX,), suffix, force)
+    jobs = plan(sources, out, (SUFFIX,), suffix, existing)
     formats = Image.registered_extensions()
 
     def suffix_of(job: Job) -> str:

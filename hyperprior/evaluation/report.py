@@ -41,11 +41,16 @@ POINT = ["kind", "curve", "point", "bpp", "psnr_db", "ms_ssim_db", "ms_ssim", "l
 # Tables -------------------------------------------------------------------------------------------------
 
 
+def as_text(value: Any) -> Any:
+    """A cell that a spreadsheet does not run: a name that looks like a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: as_text(value) for name, value in row.items()} for row in rows)
     return file.getvalue()
 
 

@@ -44,6 +44,7 @@ class Finding(NamedTuple):
     name: str
     text: str
     remedy: Optional[str] = None
+    is_fatal: bool = False  # a run with this config would not start
 
     def line(self) -> str:
         return f"{'!' if self.remedy else ' '} {self.name:<12} {self.text}" + (
@@ -178,7 +179,7 @@ def check_disk(run: Path) -> Finding:
     free = shutil.disk_usage(place).free
     text = f"{free / 2**30:.1f} GiB free at {place}"
     if not os.access(place, os.W_OK):
-        return Finding("disk", text, "this folder cannot be written; choose another --run")
+        return Finding("disk", text, "this folder cannot be written; choose another --run", is_fatal=True)
     return Finding("disk", text, "a run of N=192 needs 1 GiB; choose another --run" if free < FREE_DISK else None)
 
 
@@ -196,7 +197,7 @@ def check_sources(settings: Config) -> list[Finding]:
                 skipped.update(skip.kind for skip in one.skipped)
             rate = count / (time.perf_counter() - began)
     except HyperpriorError as error:
-        return [Finding("sources", str(error).rstrip("."), "`hyperprior inspect` shows their content")]
+        return [Finding("sources", str(error).rstrip("."), "`hyperprior inspect` shows their content", is_fatal=True)]
     text = f"{len(split.shards)} shards can be read: {rate:.0f} patches of {side} a second"
     if skipped["small"]:
         text += f", {skipped['small'] / (count + sum(skipped.values())):.0%} of the images are smaller than a patch"

@@ -343,8 +343,8 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
     Path("link").symlink_to("d")
     (tmp_path / "empty").mkdir()
 
-    def plan(*sources: str, out: str | None = None, force: bool = False) -> list[tuple[str, str]]:
-        return [tuple(job) for job in files.plan(sources, out, (".png", ".jpg"), ".hyp", force)]
+    def plan(*sources: str, out: str | None = None, existing: files.Existing = "refuse") -> list[tuple[str, str]]:
+        return [tuple(job) for job in files.plan(sources, out, (".png", ".jpg"), ".hyp", existing)]
 
     assert plan("a.png") == [("a.png", "a.hyp")]
     assert plan("a.png", out="x.bin") == [("a.png", "x.bin")]
@@ -354,7 +354,9 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
     assert plan("-", out="d") == [("-", "d/stdin.hyp")]
     assert plan("d") == [("d/a.png", "d/a.hyp")]
     assert plan("a.png", "b.png", out="new") == [("a.png", "new/a.hyp"), ("b.png", "new/b.hyp")]
-    assert plan("b.png", force=True) == [("b.png", "b.hyp")]
+    assert plan("b.png", existing="replace") == [("b.png", "b.hyp")]
+    assert plan("a.png", "b.png", existing="skip") == [("a.png", "a.hyp")]
+    assert plan("b.png", existing="skip") == []
     for arguments, message in [
         ({"sources": ["none.png"]}, "none.png does not exist"),
         ({"sources": ["empty"]}, "empty holds no file with one of .png, .jpg"),
@@ -362,10 +364,10 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
         ({"sources": ["a.png", str(tmp_path / "a.jpg")]}, f"would both become {tmp_path / 'a.hyp'}"),
         ({"sources": ["d/a.png", "link/a.png"]}, "d/a.png and link/a.png would both become link/a.hyp"),
         ({"sources": ["a.png", "d/a.png"], "out": "x"}, "a.png and d/a.png would both become x/a.hyp"),
-        ({"sources": ["b.png"]}, "b.hyp exists; --force overwrites it"),
-        ({"sources": ["b.hyp"], "force": True}, "b.hyp would overwrite itself"),
-        ({"sources": ["b.png"], "out": "./b.png", "force": True}, "b.png would overwrite itself"),
-        ({"sources": ["b.png"], "out": "/dev/null", "force": True}, "/dev/null exists and is no file"),
+        ({"sources": ["b.png"]}, "b.hyp exists; --force overwrites it, --skip-existing leaves it alone"),
+        ({"sources": ["b.hyp"], "existing": "replace"}, "b.hyp would overwrite itself"),
+        ({"sources": ["b.png"], "out": "./b.png", "existing": "replace"}, "b.png would overwrite itself"),
+        ({"sources": ["b.png"], "out": "/dev/null", "existing": "replace"}, "/dev/null exists and is no file"),
         ({"sources": ["x" * 300 + ".png"]}, "File name too long"),
         ({"sources": ["a.png", "b.png"], "out": "-"}, "2 files cannot all go to standard output"),
         ({"sources": ["a.png", "b.png"], "out": "b.hyp"}, "b.hyp is a file; 2 files need a directory"),
@@ -378,15 +380,15 @@ def test_a_failed_decompression_leaves_no_file(tmp_path: Path, model: Codec) -> 
     data = model.compress(np.asarray(photo(3)))
     (tmp_path / "x.hyp").write_bytes(data[:-1])
     with pytest.raises(BitstreamError, match=r"x\.hyp: cut off"):
-        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", False, 10**6, Terminal())
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", "refuse", 10**6, Terminal())
     (tmp_path / "x.hyp").write_bytes(model.compress(np.zeros((1, 20_000, 3), np.uint8)))
     with pytest.raises(DataError, match=r"x\.hyp: cannot be written as WEBP"):
-        files.decompress([str(tmp_path / "x.hyp")], None, None, ".webp", False, 10**6, Terminal())
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".webp", "refuse", 10**6, Terminal())
     with pytest.raises(ConfigError, match=r"Pillow writes no `\.xyz`"):
-        files.decompress([str(tmp_path / "x.hyp")], None, None, ".xyz", False, 10**6, Terminal())
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".xyz", "refuse", 10**6, Terminal())
     (tmp_path / "x.hyp").write_bytes(data)
     with pytest.raises(DataError, match="at most 100 are decoded"):
-        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", False, 100, Terminal())
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", "refuse", 100, Terminal())
     assert [p.name for p in tmp_path.iterdir()] == ["x.hyp"]
 
 
@@ -422,8 +424,8 @@ def test_models_in_the_box_are_chosen_by_quality_and_by_their_own_files(
 ) -> None:
     small = package.load("q2")
     (tmp_path / "x.png").write_bytes(encoded(photo(4), "PNG"))
-    files.compress([str(tmp_path / "x.png")], box.choose(None, 2), None, 0, False, False, Terminal())
-    files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "y.png"), ".png", False, None, Terminal())
+    files.compress([str(tmp_path / "x.png")], box.choose(None, 2), None, 0, "refuse", False, Terminal())
+    files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "y.png"), ".png", "refuse", None, Terminal())
     data = (tmp_path / "x.hyp").read_bytes()
     assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), small.decompress(data))
     assert info(tmp_path / "x.hyp", None)["given_model"] == f"q2, {small.fingerprint}"
@@ -434,7 +436,7 @@ def test_models_in_the_box_are_chosen_by_quality_and_by_their_own_files(
     assert box.choose("runs/a") == "runs/a"
     (tmp_path / "x.hyp").write_bytes(package.load(run).compress(np.asarray(photo(4))))
     with pytest.raises(ConfigError, match="not in the box: name its run"):
-        files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "z.png"), ".png", False, None, Terminal())
+        files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "z.png"), ".png", "refuse", None, Terminal())
     assert not (tmp_path / "z.png").exists()
 
 

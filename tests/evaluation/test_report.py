@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -102,3 +104,10 @@ def test_in_a_browser_slider_and_tables_work_without_errors(page: Path, width: i
         tab.get_by_role("button", name="JPEG", exact=True).first.click()
         assert tab.locator("svg circle").count() < dots
     assert not errors
+
+
+def test_a_spreadsheet_runs_no_name() -> None:
+    rows = [{"image": name, "psnr_db": -1.5} for name in ("=1+1.png", "+a", "-b", "@c", "plain.png")]
+    table = list(csv.DictReader(io.StringIO(report.to_csv(rows))))
+    assert [row["image"] for row in table] == ["'=1+1.png", "'+a", "'-b", "'@c", "plain.png"]
+    assert {row["psnr_db"] for row in table} == {"-1.5"}
