@@ -1,4 +1,4 @@
-"""Every `hyperprior` command of the README runs, in the order of the README."""
+"""The pages: every `hyperprior` command in them runs, in their order; links lead somewhere; the README stays short."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from PIL import Image
 from hyperprior.codec import box
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    "README.md",
+    *(f"hyperprior/{room}/README.md" for room in ("training", "data", "codec", "evaluation", "machine")),
+    *("configs/README.md", "launch/README.md", "hyperprior/README.md", "hyperprior/codec/box/README.md"),
+]
 # Commands that other tests run, and commands that make the installation of the tests.
 ELSEWHERE = ("python3", "pip", "sbatch", "kubectl")
 
 
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+    texts = [(ROOT / page).read_text() for page in PAGES]
+    return [block for text in texts for block in re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)]
 
 
 def commands() -> list[list[str]]:
@@ -46,7 +51,7 @@ def stand_in(name: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_work_in_their_order(
+def test_the_commands_of_the_pages_work_in_their_order(
     hyperprior: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -90,9 +95,16 @@ def test_docstrings_become_pages(tmp_path: Path) -> None:
     pages = {path.stem: path.read_text() for path in (tmp_path / "hyperprior").glob("**/*.html")}
     assert {"codec", "hyperprior", "loop", "stream"} <= pages.keys()
     assert "A whole <code>.hyp</code> file of an [H, W, 3] uint8 image" in pages["codec"]
+    assert "How data is read" in pages["data"]  # a room's page includes its README
 
 
-@pytest.mark.parametrize("page", ["README.md", "hyperprior/README.md", "launch/README.md", "configs/README.md"])
+def test_the_readme_is_read_in_minutes() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text) <= 11_000 and text.count("\n") <= 220
+    assert all(f"]({page})" in text for page in PAGES[1:-1])  # the card is linked from the codec's page
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_and_file_of_a_page_exists(page: str) -> None:
     path = ROOT / page
     text = path.read_text()

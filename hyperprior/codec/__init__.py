@@ -19,6 +19,8 @@ Read in this order:
     files               the commands on files: compress, decompress, info
 
 Only tensorflow_engine, native, search and serving need TensorFlow. This package knows the model, not its training.
+
+.. include:: README.md
 """
 
 from __future__ import annotations

@@ -12,4 +12,6 @@ Read in this order:
     pack       WebDataset shards of equal length (`hyperprior pack`)
 
 No module here knows the model. Sources raise only DataError. `samples()` gives the same samples at each call.
+
+.. include:: README.md
 """

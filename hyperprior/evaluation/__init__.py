@@ -11,4 +11,6 @@ Read in this order:
     plots      figures
 
 This package knows model, codec and reference, but not training.
+
+.. include:: README.md
 """

@@ -7,4 +7,6 @@
     doctor        GPUs or why there are none, memory, disk, sources, the bottleneck
 
 This package knows everything except evaluation.
+
+.. include:: README.md
 """

@@ -20,4 +20,6 @@ Read in this order:
     sweep        one run for each lambda, or a search for the lambda of a wanted rate
 
 It uses data, model, codec, reference and watch. It does not use evaluation.
+
+.. include:: README.md
 """
