@@ -55,7 +55,7 @@ def environments() -> dict[str, Path]:
 
 def run(folder: Path, *command: object, with_stderr: bool = False) -> str:
     """Runs a command and returns what it printed."""
-    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + (done.stderr if with_stderr else "")
 
