@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import photo, photos, tar_bytes
 from PIL import Image
-from test_codec import needs_tensorflow, picture, random_codec
+from test_codec import needs_tensorflow, picture
 
 import hyperprior as package
 from hyperprior import config
-from hyperprior.codec import box
+from hyperprior.codec import box, making
 from hyperprior.codec.codec import Codec
+from hyperprior.storage import TrainedWeights
 
 LARGE = config.Config(model=config.Model(num_filters=128, latent_channels=192, hyper_channels=128))
 # Installed, this makes a package appear not to be.
@@ -50,8 +51,17 @@ def compare_engines(codecs: Sequence[Codec], images: Sequence[np.ndarray]) -> tu
 
 def both_engines(name: str) -> list[Codec]:
     needs_tensorflow()
-    if name == "large":
-        return [random_codec(LARGE, engine) for engine in ("numpy", "tensorflow")]
+    if (
+        name == "large"
+    ):  # before training; random weights would make pixels of millions, of which float32 keeps no levels
+        from hyperprior.model import initial
+        from hyperprior.model.hyperprior import ScaleHyperprior
+
+        model = ScaleHyperprior(LARGE.model)
+        initial.start_as_wavelets(model, LARGE.loss, LARGE.model.scale_min)
+        weights = {name: variable.numpy() for name, variable in model.named_variables().items()}
+        arrays = making.make_arrays(TrainedWeights(weights, LARGE, 0))
+        return [Codec(arrays, LARGE, {}, "a large model", engine) for engine in ("numpy", "tensorflow")]
     return [package.load(name, engine) for engine in ("numpy", "tensorflow")]
 
 
