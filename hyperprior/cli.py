@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import functools
 import io
 import json
 import logging
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from hyperprior import __version__, stack
+from hyperprior.arguments import choose_existing, find_config, take_local_paths
 from hyperprior.errors import ConfigError, DataError, HyperpriorError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -138,7 +137,6 @@ def sweep(
     """
     stack.restart_with_allocator()
     stack.start_tensorflow()
-    from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal
     from hyperprior.training import sweep as job
 
@@ -421,7 +419,6 @@ def bench(
     Example: `hyperprior bench configs/imagenet_mse.yaml step train.batch_size=8`
     """
     from hyperprior.config import load_config
-    from hyperprior.errors import ConfigError
 
     parts = [word for word in words or [] if "=" not in word] or ["all"]
     for word in parts:
@@ -485,42 +482,6 @@ def config_command(
         print(json.dumps(settings.json_schema(), indent=2))
     else:
         print(settings.render(settings.load_config(config, overrides or [])), end="")
-
-
-def choose_existing(force: bool, skip: bool) -> Any:
-    if force and skip:
-        raise ConfigError("--force replaces files that exist, and --skip-existing leaves them alone; give one of them")
-    return "replace" if force else "skip" if skip else "refuse"
-
-
-def find_config(config: Optional[Path], overrides: list[str], run: Optional[Path]) -> tuple[Path, list[str]]:
-    """The config of `train`: CONFIG, or that of the run that goes on. `config`: the first argument, or None."""
-    if config and "=" in str(config) and not config.exists():
-        config, overrides = None, [str(config), *overrides]
-    if config is None:
-        if run is None or not (run / "config.yaml").is_file():
-            raise ConfigError("there is no CONFIG; give a YAML file, or --run with the directory of a run to continue")
-        config = run / "config.yaml"
-    return config, overrides
-
-
-def take_local_paths(command: Any) -> Any:
-    """Makes all parameters of the commands refuse URLs, except the sources of data, which may lie behind one."""
-
-    def process(parameter: Any, context: Any, value: Any) -> Any:
-        for text in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(text, str) and re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
-                raise ConfigError(
-                    f"`{parameter.name}` is {text.partition('?')[0]}; it must be a local path: copy from or to other "
-                    f"places yourself, or mount them"
-                )
-        return type(parameter).process_value(parameter, context, value)
-
-    for subcommand in command.commands.values():
-        for parameter in subcommand.params:
-            if parameter.metavar not in ("SOURCE", "SECTION.KEY=VALUE"):
-                parameter.process_value = functools.partial(process, parameter)
-    return command
 
 
 def end_on_signal(number: int, frame: Any) -> None:

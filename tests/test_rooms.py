@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "stack": {"errors"},
     "config": {"errors"},
     "storage": {"errors", "config"},
+    "arguments": {"errors"},
     "data": SHARED,
     "model": SHARED,
     "reference": SHARED,
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "evaluation": {*SHARED, "model", "reference", "codec"},
     "machine": {*SHARED, "data", "model", "codec", "training"},
     "pillow": {*SHARED, "codec"},
-    "cli": {*SHARED, "data", "reference", "codec", "training", "evaluation", "machine"},
+    "cli": {*SHARED, "arguments", "data", "reference", "codec", "training", "evaluation", "machine"},
     "__init__": {"codec"},
     "__main__": {"cli"},
 }

@@ -153,7 +153,7 @@ class Lane:
             if self.cursor.patch == 0:  # otherwise the item was counted before the run stopped
                 counts["samples"] += isinstance(decoded.item, Sample)
                 counts["visits"] += decoded.at.offset == 0
-            self.decoder.reading.name = decoded.name
+            self.decoder.reading.set(decoded.name)
             try:
                 self.patches = decoded.patches()
             except images.Unusable as error:

@@ -22,6 +22,7 @@ from hyperprior import config
 from hyperprior.config import Config
 from hyperprior.data import splits, stream
 from hyperprior.data.lanes import Cursor
+from hyperprior.data.splits import Split
 from hyperprior.machine.timing import describe, summarise, time_in_turn
 from hyperprior.terminal import Terminal
 from hyperprior.training.distribute import World
@@ -36,13 +37,8 @@ def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal
     split = splits.open_splits(settings.data, world.batch_size, count=False).train
     lanes = world.lanes(world.batch_size)
     side = settings.data.patch_size
-
-    def read_patches(patches_per_image: int) -> Iterator[int]:
-        data = settings.data.model_copy(update={"patches_per_image": patches_per_image})
-        batches = stream.batches(split, data, 0, lanes, world.batch_size, [Cursor()] * world.batch_size)
-        with contextlib.closing(batches):
-            for batch in batches:
-                yield len(batch.images)
+    four = settings.data.model_copy(update={"patches_per_image": 4})
+    one = settings.data.model_copy(update={"patches_per_image": 1})
 
     samples: list[Any] = []
     for shard in split.shards:
@@ -51,8 +47,8 @@ def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal
         flat, records = Path(folder, "flat.tar"), Path(folder, "flat.tfrecord")
         read_bytes = write_comparison_files(samples, flat, records)
         ways = {
-            "ours": lambda: read_patches(1),
-            "ours, 4 patches an image": lambda: read_patches(4),
+            "ours": lambda: read_patches(split, one, lanes, world.batch_size),
+            "ours, 4 patches an image": lambda: read_patches(split, four, lanes, world.batch_size),
             "webdataset and Pillow": lambda: read_with_webdataset(flat, side),
             "TFRecord, fused crop": lambda: read_with_tf_data(records, side),
         }
@@ -89,6 +85,13 @@ def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal
     }
 
 
+def read_patches(split: Split, data: config.Data, lanes: range, batch_size: int) -> Iterator[int]:
+    """With this package: the number of patches of each batch, without end."""
+    with contextlib.closing(stream.batches(split, data, 0, lanes, batch_size, [Cursor()] * batch_size)) as batches:
+        for batch in batches:
+            yield len(batch.images)
+
+
 def measure_ceiling(settings: Config, repeats: int) -> dict[str, dict[str, float]]:
     """What one process reads of JPEGs that cost almost nothing to decode: what an input costs besides decoding."""
     with tempfile.TemporaryDirectory() as folder:
@@ -101,14 +104,8 @@ def measure_ceiling(settings: Config, repeats: int) -> dict[str, dict[str, float
             decode_threads=settings.data.decode_threads,
         )
         split = splits.open_splits(data, CEILING_LANES, count=False).train
-
-        def read_patches() -> Iterator[int]:
-            lanes = range(CEILING_LANES)
-            with contextlib.closing(stream.batches(split, data, 0, lanes, len(lanes), [Cursor()] * len(lanes))) as all_:
-                for batch in all_:
-                    yield len(batch.images)
-
-        rates = [measure_patch_rate(read_patches()) for _ in range(repeats)]
+        lanes = range(CEILING_LANES)
+        rates = [measure_patch_rate(read_patches(split, data, lanes, CEILING_LANES)) for _ in range(repeats)]
     return {
         "patches_per_s": summarise([rate for rate, _ in rates])._asdict(),
         "cpu_ms_per_patch": summarise([1000 / core_rate for _, core_rate in rates])._asdict(),
@@ -123,10 +120,14 @@ def write_small_jpegs(path: Path, seed: int) -> Path:
             coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
             encoded = io.BytesIO()
             coarse.resize((CEILING_SIDE, CEILING_SIDE), Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=90)
-            info = tarfile.TarInfo(f"{number:06d}.jpg")
-            info.size = len(encoded.getvalue())
-            tar.addfile(info, io.BytesIO(encoded.getvalue()))
+            add_jpeg(tar, number, encoded.getvalue())
     return path
+
+
+def add_jpeg(tar: tarfile.TarFile, number: int, data: bytes) -> None:
+    info = tarfile.TarInfo(f"{number:06d}.jpg")
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
 
 
 def measure_patch_rate(patches: Iterator[int]) -> tuple[float, float]:
@@ -148,9 +149,7 @@ def write_comparison_files(samples: list[Any], flat: Path, records: Path) -> int
             data = sample.read()
             total += len(data)
             if data[:2] == b"\xff\xd8":
-                info = tarfile.TarInfo(f"{number:06d}.jpg")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                add_jpeg(tar, number, data)
                 writer.write(data)
     return total
 

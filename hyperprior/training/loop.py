@@ -100,7 +100,7 @@ class Trainer:
             lambda: open_splits(settings.data, world.batch_size, count=must_count, terminal=terminal)
         )
         self.timetable = Timetable(settings, self.splits.train.images, bool(self.splits.val.images))
-        saved = self.load_saved()
+        saved = resume.load(world, run, settings, self.splits, terminal)
         world.check_same({"data": resume.describe_data(self.splits)})
         with tf.device("CPU:0"):
             stop.flag = tf.Variable(0.0, trainable=False)
@@ -115,21 +115,6 @@ class Trainer:
         self.evaluator = Evaluator(world, self.model, settings, stop)
         world.on_every_worker(self.check_held_out)
         self.train_steps = make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
-
-    def load_saved(self) -> Optional[resume.Saved]:
-        """Loads the run's newest intact checkpoint, or None. The chief chooses it; the others wait for it."""
-        world, folder, warn = self.world, self.checkpoints, self.terminal.warn
-        newest = world.on_every_worker(lambda: checkpoint.load_newest(folder, warn) if world.is_chief else None)
-        (step, *_) = world.gather(newest[1]["run"]["step"] if newest else None)
-        if step is None:
-            return None
-
-        def load() -> resume.Saved:
-            arrays, saved = newest or checkpoint.wait_for(folder, step)
-            resume.check(self.run, saved, self.settings, self.splits, world.environment(), self.terminal)
-            return resume.Saved(arrays, State.from_json(saved["run"]))
-
-        return world.on_every_worker(load)
 
     def keep_weights(self, model: ScaleHyperprior) -> None:
         """The checkpoint replaces them."""

@@ -20,6 +20,7 @@ from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
 from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint
+from hyperprior.training.distribute import World
 
 # The order in which version 0.1.0 stored the sums, without their names.
 SUMS_OF_0_1 = ("loss", "bpp_y", "bpp_z", "distortion", "psnr_db", "gradient_norm", "steps")
@@ -72,7 +73,7 @@ class State:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
-        known = {*(field.name for field in dataclasses.fields(cls)), *Counts._fields, "best_loss", "best_step", "stale"}
+        known = cls([]).to_json()
         values = {name: value for name, value in values.items() if name in known}  # a later version may have more
         if isinstance(values["sums"], list):
             values["sums"] = dict(zip(SUMS_OF_0_1, values["sums"]))
@@ -89,6 +90,25 @@ class Saved(NamedTuple):
 
     arrays: Arrays
     state: State
+
+
+def load(world: World, run: Path, settings: Config, splits: Splits, terminal: Terminal) -> Optional[Saved]:
+    """Loads the run's newest intact checkpoint, or None. The chief chooses it; the others wait for it.
+
+    Prints the changes since then that are allowed. Raises ConfigError for others. All workers must call this.
+    """
+    folder = run / "checkpoints"
+    newest = world.on_every_worker(lambda: checkpoint.load_newest(folder, terminal.warn) if world.is_chief else None)
+    (step, *_) = world.gather(newest[1]["run"]["step"] if newest else None)
+    if step is None:
+        return None
+
+    def load_checked() -> Saved:
+        arrays, saved = newest or checkpoint.wait_for(folder, step)
+        check(run, saved, settings, splits, world.environment(), terminal)
+        return Saved(arrays, State.from_json(saved["run"]))
+
+    return world.on_every_worker(load_checked)
 
 
 def check(

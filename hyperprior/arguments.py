@@ -1,0 +1,46 @@
+"""What the arguments of the commands mean: rules that hold for several arguments, or for all of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+from hyperprior.errors import ConfigError
+
+
+def find_config(config: Optional[Path], overrides: list[str], run: Optional[Path]) -> tuple[Path, list[str]]:
+    """The config of `train`: CONFIG, or that of the run that goes on. `config`: the first argument, or None."""
+    if config and "=" in str(config) and not config.exists():
+        config, overrides = None, [str(config), *overrides]
+    if config is None:
+        if run is None or not (run / "config.yaml").is_file():
+            raise ConfigError("there is no CONFIG; give a YAML file, or --run with the directory of a run to continue")
+        config = run / "config.yaml"
+    return config, overrides
+
+
+def choose_existing(force: bool, skip: bool) -> Any:
+    if force and skip:
+        raise ConfigError("--force replaces files that exist, and --skip-existing leaves them alone; give one of them")
+    return "replace" if force else "skip" if skip else "refuse"
+
+
+def take_local_paths(command: Any) -> Any:
+    """Makes all parameters of the commands refuse URLs, except the sources of data, which may lie behind one."""
+
+    def process(parameter: Any, context: Any, value: Any) -> Any:
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
+                raise ConfigError(
+                    f"`{parameter.name}` is {text.partition('?')[0]}; it must be a local path: copy from or to other "
+                    f"places yourself, or mount them"
+                )
+        return type(parameter).process_value(parameter, context, value)
+
+    for subcommand in command.commands.values():
+        for parameter in subcommand.params:
+            if parameter.metavar not in ("SOURCE", "SECTION.KEY=VALUE"):
+                parameter.process_value = functools.partial(process, parameter)
+    return command
