@@ -184,9 +184,10 @@ class Train(Section):
         "noise", "input of g_s in training: y with uniform noise, or y rounded, with a straight-through gradient"
     )
     learning_rate: float = field(1e-4, "Adam's peak learning rate", may_change=True, gt=0)
-    schedule: Literal["constant", "cosine", "steps"] = field(
+    schedule: Literal["constant", "cosine", "steps", "plateau"] = field(
         "constant",
-        "`cosine`: falls to final_learning_rate at the end; `steps`: multiplied by decay_factor at each of decay_steps",
+        "`cosine`: falls to final_learning_rate at the end; `steps`: multiplied by decay_factor at each of "
+        "decay_steps; `plateau`: each time decay_patience validations bring no better loss",
         may_change=True,
     )
     warmup_steps: int = field(0, "steps over which the learning rate rises from 0", may_change=True, ge=0)
@@ -194,7 +195,8 @@ class Train(Section):
     decay_steps: list[Annotated[int, Field(ge=1)]] = field(
         [], "steps at which schedule `steps` applies decay_factor", may_change=True
     )
-    decay_factor: float = field(0.1, "factor of schedule `steps`", may_change=True, gt=0, lt=1)
+    decay_patience: int = field(10, "see schedule `plateau`", may_change=True, ge=1)
+    decay_factor: float = field(0.1, "factor of the schedules `steps` and `plateau`", may_change=True, gt=0, lt=1)
     clip_norm: Optional[float] = field(1.0, "gradients are scaled to at most this global norm; null: never", gt=0)
     ema: Optional[float] = field(
         None, "decay of a moving average of the weights, used for validation and the result; null: none", gt=0, lt=1
@@ -232,6 +234,8 @@ class Train(Section):
             raise ValueError(f"steps ({self.steps}) and epochs ({self.epochs}) are both set; keep one")
         if self.schedule == "steps" and not self.decay_steps:
             raise ValueError("schedule is `steps` but decay_steps is empty")
+        if self.schedule == "plateau" and self.validate_every is None:
+            raise ValueError("schedule is `plateau` but validate_every is null; it follows the validations")
         return self
 
 

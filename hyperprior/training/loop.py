@@ -112,6 +112,7 @@ class Trainer:
             world.on_every_worker(lambda: self.optimizer.assign(saved.arrays, origin))
             resume.forget_lost_best(self.checkpoints, self.state.best, terminal.warn)
             world.check_same({"best step": self.state.best.step})
+            self.optimizer.decays.assign(self.state.decays)
         self.evaluator = Evaluator(world, self.model, settings, stop)
         world.on_every_worker(self.check_held_out)
         self.train_steps = make_train_steps(world, self.model, self.optimizer, stop.flag, settings)
@@ -125,6 +126,10 @@ class Trainer:
         self.world.check_same({"weights to start from": storage.fingerprint(weights)})
 
     def check_held_out(self) -> None:
+        train = self.settings.train
+        if not self.splits.val.images and (train.schedule == "plateau" or train.early_stopping_patience):
+            key = "train.schedule=plateau" if train.schedule == "plateau" else "train.early_stopping_patience"
+            raise ConfigError(f"{key} follows the validations, but no images are held out; set data.val")
         self.evaluator.check_split("val", self.splits.val)
         self.evaluator.check_split(self.splits.test_name, self.splits.test)
 
@@ -250,6 +255,9 @@ class Trainer:
         state.validated_step = state.step
         if state.best.update(values["loss"], state.step):
             self.world.on_every_worker(self.write_best)
+        elif self.settings.train.schedule == "plateau" and state.best.stale % self.settings.train.decay_patience == 0:
+            state.decays += 1
+            self.optimizer.decays.assign(state.decays)
         self.progress.report_validation(values, time.perf_counter() - began, track)
         return True
 

@@ -40,6 +40,7 @@ class Optimizer(tf.Module):
         self.mean, self.variance = (tf.Variable(np.zeros_like(start), trainable=False) for _ in range(2))
         self.average = tf.Variable(start, trainable=False) if settings.ema else None
         self.updates = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self.decays = tf.Variable(0.0, trainable=False)  # times that schedule `plateau` applied its factor
         self.loss_scaling = settings.precision == "mixed_float16"
         self.loss_scale = tf.Variable(LOSS_SCALE_START if self.loss_scaling else 1.0, trainable=False)
         self.good_steps = tf.Variable(0, trainable=False, dtype=tf.int64)
@@ -68,6 +69,8 @@ class Optimizer(tf.Module):
             rate = low + (s.learning_rate - low) * 0.5 * (1.0 + tf.cos(math.pi * share))
         for boundary in s.decay_steps if s.schedule == "steps" else ():
             rate = tf.where(step >= boundary, rate * s.decay_factor, rate)
+        if s.schedule == "plateau":
+            rate *= tf.pow(s.decay_factor, self.decays)
         if s.warmup_steps:
             rate *= tf.minimum((step + 1.0) / s.warmup_steps, 1.0)
         return rate

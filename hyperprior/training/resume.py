@@ -54,6 +54,7 @@ class State:
     failed: int = 0  # non-finite steps in a row, up to the last step
     validated_step: int = 0
     best: Best = dataclasses.field(default_factory=Best)
+    decays: int = 0  # number of times that schedule `plateau` has lowered the learning rate
     course: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (bpp, PSNR in dB) of validations
     logged_step: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of the metrics since logged_step

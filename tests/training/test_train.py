@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, Command, encoded, photo, photos, tar_bytes
-from workers import lines, newest, start_training, wait_for
+from workers import lines, newest, same_weights, start_training, wait_for
 
 from hyperprior.training import checkpoint
 
@@ -250,6 +250,27 @@ def test_early_stopping_restores_the_best_weights(
     assert result["split"] == "val" and result["step"] == 2 * (best + 1)
     assert result["loss"] == pytest.approx(losses[best], rel=1e-6)
     assert "is done" in hyperprior(*arguments).stdout
+
+
+def test_the_rate_falls_when_validations_stall_and_after_a_resume_as_without_one(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    plateau = ["train.schedule=plateau", "train.decay_patience=2", "train.decay_factor=0.5", "train.learning_rate=0.01"]
+    arguments = ["train", empty_config, *TINY, *plateau, f"data.train=[{flat_tar}]", "train.validate_every=1"]
+    refused = hyperprior(*arguments, "--run", "r", check=2).stderr
+    assert "train.schedule=plateau follows the validations, but no images are held out" in refused
+    arguments += [f"data.val=[{flat_tar}]", "train.checkpoint_every=5"]
+    hyperprior(*arguments, "train.steps=40", "--run", "straight")
+    for steps in (17, 29, 40):
+        hyperprior(*arguments, f"train.steps={steps}", "--run", "resumed")
+    assert same_weights(tmp_path / "straight", tmp_path / "resumed")
+    best, stale, rate = np.inf, 0, 0.01
+    for trained, validated in zip(lines(tmp_path / "straight", "train"), lines(tmp_path / "straight", "val")):
+        assert trained["learning_rate"] == pytest.approx(rate, rel=1e-6)
+        stale = 0 if validated["loss"] < best else stale + 1
+        best = min(best, validated["loss"])
+        rate *= 0.5 if stale and stale % 2 == 0 else 1.0
+    assert 0.01 / 2**6 < rate < 0.01
 
 
 def test_a_run_starts_from_the_best_weights_of_another(
