@@ -195,6 +195,9 @@ def compress(
         Optional[int],
         typer.Option(help="A model in the box; 1 makes the smallest files. Default: 3, unless a model is named."),
     ] = None,
+    metric: Annotated[
+        Optional[str], typer.Option(help="What a model in the box was trained for: mse, the default, or ms-ssim.")
+    ] = None,
     out: Out = None,
     effort: Effort = 0,
     force: Force = False,
@@ -213,7 +216,7 @@ def compress(
 
     terminal = Terminal(quiet, "-" in ([out] if out else images), as_json)
     existing = choose_existing(force, skip_existing)
-    files.compress(images, box.choose(model, quality), out, effort, existing, verify, terminal, engine)
+    files.compress(images, box.choose(model, quality, metric), out, effort, existing, verify, terminal, engine)
 
 
 @app.command()

@@ -64,8 +64,8 @@ class HypImageFile(ImageFile.ImageFile):
 
 
 def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
-    model, quality = (image.encoderinfo.get(name) for name in ("model", "quality"))
-    codec: Any = model if hasattr(model, "compress") else load_cached(box.choose(model and str(model), quality))
+    model, quality, metric = (image.encoderinfo.get(name) for name in ("model", "quality", "metric"))
+    codec: Any = model if hasattr(model, "compress") else load_cached(box.choose(model and str(model), quality, metric))
     try:
         pixels = images.to_rgb(image)
     except images.Unusable as error:

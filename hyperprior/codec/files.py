@@ -268,9 +268,11 @@ def make_codec_finder(model: Optional[str], engine: str = "auto") -> Callable[[b
         fingerprint = container.read(data, max_pixels=ANY_SIZE).fingerprint.hex()
         if name := box.find_by_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
             return load_cached(name)
+        release = box.find_release(fingerprint)
+        name_it = f"name {release}" if release else "name its run, or the file that `hyperprior export` wrote,"
         raise ConfigError(
-            f"written with model {fingerprint}, which is not in the box: name its run, or the file that "
-            f"`hyperprior export` wrote, with --model or in the environment variable HYPERPRIOR_MODEL"
+            f"written with model {fingerprint}, which is not in the box: {name_it} with --model or in the environment "
+            f"variable HYPERPRIOR_MODEL"
         )
 
     return find_codec

@@ -61,6 +61,8 @@ def info_of_file(data: bytes, model: Optional[str]) -> dict[str, Any]:
         "escapes": len(stream.escapes),
         "checksum": f"{stream.checksum:08x}",
     }
+    if release := box.find_release(fingerprint):
+        facts["release"] = release
     if model := model or box.find_by_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
         given = box.read_description(model)["fingerprint"]
         facts |= {"fits": given == fingerprint, "given_model": f"{model}, {given}"}

@@ -10,9 +10,12 @@ import pytest
 from conftest import Command, encoded, photo
 from PIL import Image
 
-from hyperprior import storage
-from hyperprior.codec import box
+from hyperprior import load, storage
+from hyperprior.codec import box, files
+from hyperprior.errors import ConfigError
+from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint
+from hyperprior.training.info import info
 
 BOX = box.in_the_box()
 
@@ -24,6 +27,33 @@ def test_models_in_the_box_are_small_and_in_order() -> None:
     lambdas = [box.read_description(name)["lambda"] for name in BOX]
     assert lambdas == sorted(lambdas) and lambdas[0] <= 0.0035 and lambdas[-1] >= 0.0483
     assert len({box.read_description(name)["fingerprint"] for name in BOX}) == len(BOX)
+
+
+def test_a_file_whose_model_left_the_box_names_the_release_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    descriptions = {name: box.read_description(name) for name in BOX}
+    for name, description in descriptions.items():
+        assert (box.find_release(description["fingerprint"]) or "").startswith(f"{name} of hyperprior ")
+    file = tmp_path / "x.hyp"
+    file.write_bytes(load("q2").compress(np.asarray(photo(4))))
+    release = box.find_release(descriptions["q2"]["fingerprint"])
+    monkeypatch.setattr(box, "in_the_box", lambda: {"q3": BOX["q3"]})
+    assert info(file, None)["release"] == release
+    with pytest.raises(ConfigError, match=f"not in the box: name {release} with --model"):
+        files.decompress([str(file)], None, None, ".png", "refuse", None, Terminal())
+
+
+def test_metric_chooses_among_the_models_in_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYPERPRIOR_MODEL", raising=False)
+    monkeypatch.setattr(box, "in_the_box", lambda: {"q3": BOX["q3"], "q3-ms-ssim": BOX["q3"], "q4": BOX["q4"]})
+    assert box.choose(None, None, "mse") == box.choose(None) == "q3"
+    assert box.choose(None, 4, "mse") == "q4"
+    assert box.choose(None, None, "ms-ssim") == box.choose(None, 3, "ms-ssim") == "q3-ms-ssim"
+    with pytest.raises(ConfigError, match="--quality 4 --metric ms-ssim is not in the box; q3, q3-ms-ssim, q4 are"):
+        box.choose(None, 4, "ms-ssim")
+    with pytest.raises(ConfigError, match="--model q4 and --metric mse are both given"):
+        box.choose("q4", None, "mse")
 
 
 def test_compress_needs_nothing_but_an_image(
@@ -41,13 +71,14 @@ def test_compress_needs_nothing_but_an_image(
     assert facts["fits"] is True and facts["given_model"].startswith(f"q{box.DEFAULT_QUALITY}, ")
 
 
+@pytest.mark.parametrize("names", [["q3"], pytest.param(list(BOX), marks=pytest.mark.slow, id="all")])
 def test_the_gate_passes_the_models_in_the_box_and_fails_a_damaged_one(
-    hyperprior: Command, tmp_path: Path, samples: Path
+    hyperprior: Command, tmp_path: Path, samples: Path, names: list[str]
 ) -> None:
     gate = ["--gate", box.BOX / "kodak.json", "--baselines", "none", "--published", "none"]
-    evaluate = ["evaluate", *BOX, "--images", samples / "kodak", *gate]
+    evaluate = ["evaluate", *names, "--images", samples / "kodak", *gate]
     output = hyperprior(*evaluate, "--out", "results").stdout
-    assert output.count("is as good") == len(BOX)
+    assert output.count("is as good") == len(names)
     for point in json.loads((tmp_path / "results" / "summary.json").read_text())["points"]:
         assert abs(point["estimated_bpp"] / point["bpp"] - 1) < 0.005, point
     # One weight in twenty of a layer of g_s becomes 0, and the description gets the fingerprint of the new weights.

@@ -1,6 +1,7 @@
 """The search for a model: one in the box, a file or directory that `export` wrote, or the model of a run.
 
-The models in the box are q1, q2, … by rising quality. They are in this directory; README.md is their model card.
+The models in the box are q1, q2, … by rising quality, and for MS-SSIM q1-ms-ssim, …. They are in this directory;
+README.md is their model card, and released.json names the models of every release by fingerprint.
 This module does not need TensorFlow.
 """
 
@@ -42,21 +43,35 @@ def find(model: str | Path) -> Path:
     raise ConfigError(f"{path} is no model: give a run, a model that `hyperprior export RUN` wrote{known}")
 
 
-def choose(model: Optional[str], quality: Optional[int] = None) -> str:
-    """The model of --model or --quality, else of HYPERPRIOR_MODEL, else the default. Raises ConfigError."""
-    if model and quality is not None:
-        raise ConfigError(f"--model {model} and --quality {quality} are both given; keep one")
-    if quality is None and (named := model or os.environ.get("HYPERPRIOR_MODEL")):
+def choose(model: Optional[str], quality: Optional[int] = None, metric: Optional[str] = None) -> str:
+    """The model of --model, or of --quality and --metric, else of HYPERPRIOR_MODEL, else the default.
+
+    Raises ConfigError.
+    """
+    options = {"--quality": quality, "--metric": metric}
+    given = [f"{option} {value}" for option, value in options.items() if value is not None]
+    if model and given:
+        raise ConfigError(f"--model {model} and {given[0]} are both given; keep one")
+    if not given and (named := model or os.environ.get("HYPERPRIOR_MODEL")):
         return named
     name = f"q{DEFAULT_QUALITY if quality is None else quality}"
+    name += f"-{metric}" if metric not in (None, "mse") else ""
     if name not in in_the_box():
-        raise ConfigError(f"--quality {quality} is not in the box; {', '.join(in_the_box())} are (q1: --quality 1)")
+        raise ConfigError(
+            f"{' '.join(given)} is not in the box; {', '.join(in_the_box())} are (q1: --quality 1; q1-ms-ssim: "
+            f"--quality 1 --metric ms-ssim)"
+        )
     return name
 
 
 def find_by_fingerprint(fingerprint: str) -> Optional[str]:
     """The name of the model in the box with this fingerprint, or None."""
     return next((name for name in in_the_box() if read_description(name)["fingerprint"] == fingerprint), None)
+
+
+def find_release(fingerprint: str) -> Optional[str]:
+    """The release whose box has the model with this fingerprint, such as `q3 of hyperprior 0.1.0`, or None."""
+    return json.loads(Path(__file__).with_name("released.json").read_text()).get(fingerprint)
 
 
 def read_description(model: str | Path) -> dict[str, Any]:
