@@ -26,7 +26,7 @@ DEFAULT_QUALITY = 3
 
 @functools.lru_cache
 def in_the_box() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(BOX.glob("q*.npz"))}
+    return {path.stem: path for path in sorted(BOX.glob("q*.npz"), key=lambda path: (len(path.stem), path.stem))}
 
 
 def find(model: str | Path) -> Path:
