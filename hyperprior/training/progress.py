@@ -119,7 +119,7 @@ class Progress:
             return
         began = time.perf_counter()
         optimizer.publish()
-        self.pictures.show(self.report, self.state.step, self.state.course)
+        self.report.guard("pictures", self.pictures.show, self.report, self.state.step, self.state.course)
         self.began += time.perf_counter() - began
 
     # The profiler -----------------------------------------------------------------------------------------

@@ -99,14 +99,12 @@ def read_last_rows(run: Path) -> Iterator[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return
-    for number, line in enumerate(lines):
-        try:
+    for line in lines:
+        # The first line may begin before `start`. A kill or a full disk cut off others.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             row["kind"], row["step"]
             yield row
-        except (ValueError, TypeError, KeyError):
-            if number or not start:  # a kill cut off the last line; the first may begin before `start`
-                return
 
 
 def read_result(run: Path) -> Optional[dict[str, Any]]:

@@ -44,18 +44,23 @@ HPARAMS = (
 
 
 class Summaries:
-    """The summaries of a run. Only the chief writes them. A failing disk ends the summaries, but not the training."""
+    """The summaries of a run. Only the chief writes them.
+
+    No failure ends the training, or other kinds of summaries: each kind has one warning at its first failure.
+    """
 
     def __init__(self, run: Path, step: int, warn: Callable[[str], None], is_chief: bool = True):
-        self.run, self.warn = run, warn
+        self.run, self.warn, self.is_chief = run, warn, is_chief
         self.writers: dict[str, EventFileWriter] = {}
-        self.failed = not is_chief
+        self.failed: set[str] = set()  # the kinds that had a warning
         self.skipped: set[str] = set()  # samples that were reported
         self.metrics = run / "metrics.jsonl"
-        self._guard(self._rewind, step)
+        self.guard("metrics.jsonl", self._rewind, step)
+        for split in ("train", "val", ""):
+            self.guard("scalars", self._open, split, step)
 
     def _rewind(self, step: int) -> None:
-        """Removes all that an interrupted run wrote after the checkpoint from which this run resumes."""
+        """Removes from metrics.jsonl all that an interrupted run wrote after the checkpoint from which it resumes."""
         if self.metrics.exists():
             kept = []
             for line in self.metrics.read_text().splitlines():
@@ -66,26 +71,31 @@ class Summaries:
                         if row["kind"] == "skipped":
                             self.skipped.add(row["sample"])
                 except ValueError:
-                    break  # a kill cut off this line
+                    continue  # a kill or a full disk cut off this line
             storage.write_text(self.metrics, "".join(kept))
-        for split in ("train", "val", ""):
-            self.writers[split] = EventFileWriter(str(self.run / split))
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            # From this step on, TensorBoard drops the events that were written earlier.
-            self.writers[split].add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
-    def _guard(self, write: Callable[..., None], *args: Any) -> None:
-        if self.failed:
+    def _open(self, split: str, step: int) -> None:
+        writer = EventFileWriter(str(self.run / split))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        # From this step on, TensorBoard drops the events that were written earlier.
+        writer.add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self.writers[split] = writer
+
+    def guard(self, kind: str, write: Callable[..., None], *args: Any) -> None:
+        """Calls `write(*args)` on the chief. If that fails, warns at the first failure of this kind."""
+        if not self.is_chief:
             return
         try:
             write(*args)
         except Exception as error:  # the event writer raises any error of its thread
-            self.failed = True
-            self.warn(f"summaries cannot be written, training goes on without them: {error}")
+            if kind not in self.failed:
+                self.failed.add(kind)
+                self.warn(f"{kind}: not all can be written, training goes on: {' '.join(str(error).split())}")
 
     def _add_event(self, split: str, step: int, summary: Any) -> None:
-        summary = summary_pb2.Summary.FromString(summary.SerializeToString())
-        self.writers[split].add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        if split in self.writers:  # else a warning has said why not
+            summary = summary_pb2.Summary.FromString(summary.SerializeToString())
+            self.writers[split].add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
     def write_scalars(self, split: str, step: int, values: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl, and one event for each metric that has a tag."""
@@ -94,10 +104,11 @@ class Summaries:
             for name, value in values.items():
                 if tag := METRICS[name].tag:
                     self._add_event(split, step, scalar_pb(tag, value, METRICS[name].meaning))
-            self.write_record(split, step, **values)
-            self.writers[split].flush()
+            if split in self.writers:
+                self.writers[split].flush()
 
-        self._guard(write)
+        self.guard("scalars", write)
+        self.write_record(split, step, **values)
 
     def write_record(self, kind: str, step: int, **values: Any) -> None:
         """Writes one line of metrics.jsonl."""
@@ -107,7 +118,7 @@ class Summaries:
             with self.metrics.open("a") as file:
                 file.write(line + "\n")
 
-        self._guard(write)
+        self.guard("metrics.jsonl", write)
 
     def describe_run(self, settings: Config, step: int) -> None:
         """Writes the config as text, the layout of the charts, and this run's row in the table of runs."""
@@ -132,16 +143,21 @@ class Summaries:
             for writer in self.writers.values():
                 writer.flush()
 
-        self._guard(write)
+        self.guard("the description of the run", write)
 
     def write_text(self, split: str, tag: str, step: int, markdown: str) -> None:
-        self._guard(lambda: self._add_event(split, step, text_pb(tag, markdown)))
+        self.guard("texts", lambda: self._add_event(split, step, text_pb(tag, markdown)))
 
     def write_scalar(self, split: str, tag: str, step: int, value: float, description: str) -> None:
-        self._guard(lambda: self._add_event(split, step, scalar_pb(tag, value, description)))
+        self.guard("scalars", lambda: self._add_event(split, step, scalar_pb(tag, value, description)))
 
     def write_histogram(self, tag: str, step: int, values: np.ndarray, description: str) -> None:
-        self._guard(lambda: self._add_event("val", step, histogram_pb(tag, values, description=description)))
+        def write() -> None:
+            if not np.isfinite(values).all():
+                raise ValueError(f"{tag} holds values that are not finite")
+            self._add_event("val", step, histogram_pb(tag, values, description=description))
+
+        self.guard("histograms", write)
 
     def write_picture(self, tag: str, step: int, picture: Image.Image, description: str) -> None:
         def write() -> None:
@@ -157,11 +173,11 @@ class Summaries:
             value = summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
             self._add_event("val", step, summary_pb2.Summary(value=[value]))
 
-        self._guard(write)
+        self.guard("pictures", write)
 
     def close(self) -> None:
         for writer in self.writers.values():
-            self._guard(writer.close)
+            self.guard("scalars", writer.close)
 
 
 def tags_of(names: Sequence[str]) -> list[str]:

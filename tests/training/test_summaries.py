@@ -1,0 +1,87 @@
+"""A summary that cannot be written ends neither the training nor the other kinds of summaries."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hyperprior.config import load_config
+from hyperprior.terminal import Terminal
+from hyperprior.training.progress import Progress
+from hyperprior.training.resume import State
+from hyperprior.watch.pictures import draw_rd_plane
+from hyperprior.watch.summaries import Summaries
+
+SCALARS = {"loss": 1.0, "bpp": 0.5}
+
+
+def read_events(run: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run / "val"), size_guidance={"tensors": 0})
+    events.Reload()
+    return events
+
+
+def test_a_bad_histogram_ends_nothing_else(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    report = Summaries(tmp_path, 0, warnings.append)
+    for step, value in ((1, np.nan), (2, np.inf), (3, 1.0)):
+        report.write_histogram("scales", step, np.array([0.5, value]), "")
+        report.write_scalars("val", step, SCALARS)
+    report.close()
+    events = read_events(tmp_path)
+    assert [event.step for event in events.Tensors("scales")] == [3]
+    assert [event.step for event in events.Tensors("rd/loss")] == [1, 2, 3]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert warnings == ["histograms: not all can be written, training goes on: scales holds values that are not finite"]
+
+
+@pytest.mark.parametrize("broken", ["metrics.jsonl", "val"])
+def test_each_file_of_the_summaries_fails_alone(tmp_path: Path, broken: str) -> None:
+    warnings: list[str] = []
+    if broken == "val":
+        (tmp_path / "val").write_text("not a folder")
+    report = Summaries(tmp_path, 0, warnings.append)
+    if broken == "metrics.jsonl":
+        (tmp_path / "metrics.jsonl").mkdir()
+    for step in (1, 2):
+        report.write_scalars("val", step, SCALARS)
+        report.write_scalars("train", step, SCALARS)
+    report.close()
+    assert len(warnings) == 1 and broken in warnings[0] and "training goes on" in warnings[0]
+    if broken == "val":
+        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [(row["kind"], row["step"]) for row in rows] == [("val", 1), ("train", 1), ("val", 2), ("train", 2)]
+    else:
+        assert [event.step for event in read_events(tmp_path).Tensors("rd/loss")] == [1, 2]
+
+
+def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
+    rows = ['{"kind": "train", "step": 1}', '{"kind": "tra', '{"kind": "train", "step": 2}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    Summaries(tmp_path, 5, pytest.fail).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [rows[0], rows[2]]
+
+
+def test_pictures_that_fail_do_not_end_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A validation in which no held-out image could be read has NaN as its means: they cannot be drawn."""
+
+    class NothingToShow:
+        count = 1
+
+        def show(self, report: Summaries, step: int, course: Any) -> None:
+            draw_rd_plane([(math.nan, math.nan)], [], [])
+
+    world, optimizer = SimpleNamespace(is_chief=True), SimpleNamespace(publish=lambda: None)
+    pictures: Any = NothingToShow()
+    progress = Progress(world, load_config(None, []), tmp_path, State([]), pictures, Terminal())  # type: ignore[arg-type]
+    for _ in range(2):
+        progress.show_pictures(optimizer)  # type: ignore[arg-type]
+    progress.close()
+    assert capsys.readouterr().err.count("pictures: not all can be written, training goes on: Axis limits") == 1
