@@ -100,6 +100,7 @@ METRICS = {
         meaning="shard visits since the start that ended early because the shard cannot be read",
     ),
     "images": Metric("images", digits=0, meaning="number of images measured"),
+    "ms_ssim_images": Metric("images of MS-SSIM", digits=0, meaning="number of images in the mean of ms_ssim"),
     "psnr_db_of_mean_mse": Metric("PSNR of mean MSE", digits=3),
     "ms_ssim_db": Metric("MS-SSIM, dB", digits=3, meaning="-10 · log10(1 − MS-SSIM)"),
     "encode_seconds": Metric("encode, s", digits=3),

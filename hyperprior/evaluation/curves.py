@@ -16,6 +16,7 @@ from hyperprior.reference.baselines import Baseline
 from hyperprior.reference.published import METRIC_TITLES, PublishedPoint
 
 BD_MIN_POINTS = 4  # Bjøntegaard: "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001
+RATES = {"psnr_db": "bpp", "ms_ssim_db": "ms_ssim_bpp"}  # the rate over the same images as each quality
 BD_MIN_OVERLAP = 0.25  # share of the shorter curve's range, in quality and in log rate
 
 
@@ -74,18 +75,25 @@ def average_rows(
 
 
 def average_point(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """One point from its rows, one for each image; `facts`: of the model or baseline."""
+    """One point from its rows, one for each image; `facts`: of the model or baseline.
 
-    def mean(column: str) -> Optional[float]:
+    `ms_ssim_bpp` and a loss for MS-SSIM are means over the images that have an MS-SSIM, `ms_ssim_images` in number.
+    """
+    large = [row for row in rows if row.get("ms_ssim") is not None]
+
+    def mean(column: str, rows: Sequence[dict[str, Any]] = rows) -> Optional[float]:
         values = [row[column] for row in rows if row.get(column) is not None]
         return statistics.fmean(values) if values else None
 
     ms_ssim, mse = mean("ms_ssim"), mean("mse") or 0.0
     point = {
         **{name: rows[0][name] for name in ("kind", "curve", "point")},
+        "images": len(rows),
         "bpp": mean("bpp"),
         "psnr_db": mean("psnr_db"),
         "psnr_db_of_mean_mse": quality.psnr_db(mse),
+        "ms_ssim_images": len(large),
+        "ms_ssim_bpp": mean("bpp", large),
         "ms_ssim": ms_ssim,
         "ms_ssim_db": None if ms_ssim is None else quality.ms_ssim_db(ms_ssim),
         "bytes": sum(row["bytes"] for row in rows),
@@ -95,9 +103,10 @@ def average_point(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict
     }
     if point["kind"] == "model":
         point["estimated_bpp"] = statistics.fmean(r["estimated_bits"] / r["width"] / r["height"] for r in rows)
-        distortion = mse if point["metric"] == "mse" else None if ms_ssim is None else 1.0 - ms_ssim
-        if distortion is not None:
-            point["loss"] = float(quality.lagrangian(point["bpp"], distortion, point["lambda"], point["metric"]))
+        if point["metric"] == "mse":
+            point["loss"] = float(quality.lagrangian(point["bpp"], mse, point["lambda"], "mse"))
+        elif ms_ssim is not None:
+            point["loss"] = quality.lagrangian(point["ms_ssim_bpp"], 1.0 - ms_ssim, point["lambda"], "ms-ssim")
     return point
 
 
@@ -110,6 +119,7 @@ def convert_published(points: Sequence[PublishedPoint]) -> list[dict[str, Any]]:
             "point": point.point,
             "bpp": point.bpp,
             "psnr_db": point.psnr_db,
+            "ms_ssim_bpp": point.bpp,
             "ms_ssim": point.ms_ssim,
             "ms_ssim_db": None if point.ms_ssim is None else quality.ms_ssim_db(point.ms_ssim),
             "source": point.source,
@@ -129,11 +139,11 @@ def compare_curves(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if kind != "model" or other_kind == "model":
                 continue
             result: dict[str, Any] = {"curve": curve, "against": other, "kind": other_kind}
-            for metric in ("psnr_db", "ms_ssim_db"):
-                pair = [[(p["bpp"], p[metric]) for p in c if p[metric] is not None] for c in (anchor, test)]
+            for metric, rate in RATES.items():
+                pair = [[(p[rate], p[metric]) for p in c if p[metric] is not None] for c in (anchor, test)]
                 try:
-                    rate, decibels = compute_bd(*pair)
-                    result[metric] = {"rate_percent": rate, "quality_db": decibels}
+                    percent, decibels = compute_bd(*pair)
+                    result[metric] = {"rate_percent": percent, "quality_db": decibels}
                 except NotComparable as reason:
                     result[metric] = {"refused": str(reason)}
             results.append(result)

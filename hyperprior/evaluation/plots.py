@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from hyperprior.evaluation.curves import RATES
+
 MODEL_COLORS = ("#d1242f", "#0b5cad", "#1a7f37", "#8250df")
 BASELINE_STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), ("-", "D"), (":", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
 PUBLISHED_COLORS = ("#b08800", "#1b9e9e", "#c2569a", "#5a9e2f", "#e0702c", "#6f6fd8", "#b9a38f", "#8fb3a0", "#d8b26a")
@@ -36,7 +38,7 @@ def draw_rd_figure(points: Sequence[dict[str, Any]], quality: str, label: str) -
     curves = defaultdict(list)
     for point in points:
         if point[quality] is not None:
-            curves[point["kind"], point["curve"]].append((point["bpp"], point[quality]))
+            curves[point["kind"], point["curve"]].append((point[RATES[quality]], point[quality]))
     ours = [bpp for (kind, _), curve in curves.items() for bpp, _ in curve if kind == "model"]
     limit = max(1.0, 1.3 * max(ours))
     figure = Figure(figsize=(11.5, 6.4), dpi=150, layout="constrained")

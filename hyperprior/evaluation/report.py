@@ -35,7 +35,7 @@ NOTES = """\
 SIDE = 768  # pixels a side that the report shows of a picture, which keeps the file small enough to send
 ROW = ["curve", "point", "image", "width", "height", "bytes", "bpp", "psnr_db", "ms_ssim"]
 ROW += ["encode_seconds", "decode_seconds"]
-POINT = ["kind", "curve", "point", "bpp", "psnr_db", "ms_ssim_db", "ms_ssim", "lambda", "metric", "loss"]
+POINT = ["kind", "curve", "point", "bpp", "psnr_db", "ms_ssim_bpp", "ms_ssim_db", "ms_ssim", "lambda", "metric", "loss"]
 
 
 # Tables -------------------------------------------------------------------------------------------------
@@ -85,6 +85,12 @@ def make_bd_table(results: Sequence[dict[str, Any]]) -> list[str]:
 def describe_method(points: Sequence[dict[str, Any]]) -> list[str]:
     """Lines that say how everything was measured."""
     lines = [NOTES.format(side=MS_SSIM_MIN_SIDE, points=BD_MIN_POINTS, overlap=BD_MIN_OVERLAP)]
+    count, large = points[0]["images"], points[0]["ms_ssim_images"]
+    if 0 < large < count:
+        lines.append(
+            f"- Only {large} of the {count} images are large enough for MS-SSIM. Its means, curves and BD values, and "
+            f"the loss of models for MS-SSIM, are of these {large} images alone, in rate and in quality."
+        )
     for curve, p in {p["curve"]: p for p in points if p["kind"] == "baseline"}.items():
         options = ", ".join(f"{key} {value}" for key, value in p["options"].items())
         lines.append(f"- {curve}: Pillow {p['pillow']}, codec {p['codec']}; {options}.")

@@ -148,6 +148,8 @@ def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
     used = result["images"]
     total = result.get("split_images", used)  # missing in results of older runs
     images = f"{used} images" if used == total else f"{used} of its {total} images (others are too small or broken)"
+    if 0 < (large := result.get("ms_ssim_images", used)) < used:
+        images += f" (MS-SSIM: the {large} that are large enough)"
     is_start = result["trained_steps"] and not result["step"]
     return [
         f"result on {split}: {metric_table.describe(result)}",

@@ -105,10 +105,12 @@ def make_eval_step(world: World, model: ScaleHyperprior, settings: Config) -> Ca
 
 
 def divide_sums(sums: dict[str, float]) -> dict[str, float]:
-    """Means per image, with bpp. ms_ssim is over the images that are large enough, and missing if there is none."""
+    """Means per image, with bpp. ms_ssim is over the images that are large enough (`ms_ssim_images` in number), and
+    missing if there is none."""
     images, ms_ssim_images = sums.pop("images"), sums.pop("ms_ssim_images")
+    counts = {"images": int(images), "ms_ssim_images": int(ms_ssim_images)}
     if not ms_ssim_images:
-        del sums["ms_ssim"]
+        del sums["ms_ssim"], counts["ms_ssim_images"]
     divisors = {"ms_ssim": ms_ssim_images}
     means = {name: total / divisors.get(name, images) if images else float("nan") for name, total in sums.items()}
-    return {**means, "bpp": means["bpp_y"] + means["bpp_z"], "images": int(images)}
+    return {**means, "bpp": means["bpp_y"] + means["bpp_z"], **counts}

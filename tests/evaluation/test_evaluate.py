@@ -212,6 +212,30 @@ def test_results_are_means_over_the_images_of_values_of_real_files(
     assert (tmp_path / "out" / "rd_psnr.svg").read_text().rstrip().endswith("</svg>")
 
 
+def test_what_includes_ms_ssim_is_of_the_images_that_have_one(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel]
+) -> None:
+    """A small image changes the mean rate, but nothing that compares rate with MS-SSIM."""
+    mixed = run(tmp_path, "abcds", folder, baselines="jpeg", out="mixed")
+    (folder / "c.bmp").unlink()
+    large = run(tmp_path, "abcds", folder, baselines="jpeg", out="large")
+    for with_small, without in zip(mixed["points"], large["points"]):
+        assert (with_small["images"], with_small["ms_ssim_images"]) == (3, 2) and without["images"] == 2
+        assert with_small["bpp"] != without["bpp"]
+        assert with_small["ms_ssim_bpp"] == without["ms_ssim_bpp"] == without["bpp"]
+        if with_small.get("metric") == "ms-ssim":
+            assert with_small["loss"] == without["loss"] == without["bpp"] + 16.64 * (1 - without["ms_ssim"])
+    assert "Only 2 of the 3 images are large enough for MS-SSIM" in (tmp_path / "mixed" / "summary.md").read_text()
+    assert "large enough" not in (tmp_path / "large" / "summary.md").read_text()
+    # The curves are those of the large images: in the figure, in the report and in BD values.
+    points = [p | {"bpp": 9.0 - i} for i, p in enumerate(mixed["points"])]
+    bds = [curves.compare_curves(each)[0]["ms_ssim_db"] for each in (points, large["points"])]
+    assert bds[0] == bds[1] and "rate_percent" in bds[0]
+    figures = [dict(plots.draw_rd_figures(p["points"]))["rd_ms_ssim"] for p in (mixed, large)]
+    drawn = [[line.get_xydata().tolist() for line in figure.axes[0].lines] for figure in figures]
+    assert drawn[0] == drawn[1]
+
+
 def test_models_of_the_same_lambda_form_different_curves_and_are_shown_side_by_side(
     tmp_path: Path, folder: Path, models: dict[str, JpegModel]
 ) -> None:

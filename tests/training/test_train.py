@@ -16,6 +16,18 @@ from conftest import TINY, Command, encoded, photo, photos, tar_bytes
 from workers import lines, newest, same_weights, start_training, wait_for
 
 from hyperprior.training import checkpoint
+from hyperprior.training.progress import describe_result
+from hyperprior.training.validation import divide_sums
+
+
+def test_the_result_says_how_many_images_have_an_ms_ssim() -> None:
+    sums = {"loss": 6.0, "bpp_y": 2.0, "bpp_z": 1.0, "psnr_db": 90.0, "ms_ssim": 1.8, "ms_ssim_images": 2.0}
+    means = divide_sums({**sums, "images": 3.0})
+    assert (means["images"], means["ms_ssim_images"]) == (3, 2) and means["ms_ssim"] == 0.9 and means["loss"] == 2.0
+    result = {**means, "split": "val", "step": 1, "trained_steps": 1}
+    assert "3 images (MS-SSIM: the 2 that are large enough)" in describe_result(result, Path("r"))[1]
+    assert "MS-SSIM" not in describe_result({**result, "ms_ssim_images": 3}, Path("r"))[1]
+    assert "ms_ssim_images" not in divide_sums({**sums, "ms_ssim_images": 0.0, "images": 3.0})
 
 
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
