@@ -7,24 +7,32 @@ the global batch, the chief, sums over workers, and checks that the workers agre
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import json
 import os
+import platform
+import re
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Optional, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
 from hyperprior import config, stack
-from hyperprior.errors import ConfigError, HyperpriorError, LostWorker, find_error_type
+from hyperprior.errors import ConfigError, HyperpriorError, LostWorker, Stopped, find_error_type
 from hyperprior.terminal import LATE
 
 T = TypeVar("T")
 
+IN_USE = "where another process listens; start the same command again, or give another port if it stays"
+# Flags of /proc/cpuinfo that stand for instructions on vectors and matrices.
+INSTRUCTION_SETS = re.compile("sse4|avx|amx|fma|f16c|asimd|sve|sme(?!p)|bf16|i8mm")
+ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # variables that oneDNN reads
 TF_CONFIG_KEYS = {"cluster", "task", "environment", "rpc_layer", "job"}  # TensorFlow's, and `job` of Google's clouds
 
 
@@ -50,18 +58,23 @@ class World:
             tf.config.experimental.enable_op_determinism()
         self.device_kind = "GPU" if gpus else "CPU"
         self.local_replicas = len(gpus) or settings.cpu_devices or 1
+        own = {"devices": f"{self.local_replicas} x {self.device_kind}", "hardware": describe_hardware(gpus)}
+        machines = [own]
         self.strategy: tf.distribute.Strategy
         if self.workers > 1:
             bypass_proxy(cluster)
             wait_for_workers(cluster, self.worker, settings.start_timeout, warn)
             with kill_after(settings.start_timeout), stack.use_cpu_devices(settings.cpu_devices or 1):
-                self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
+                self.strategy = make_strategy_of_workers(cluster[self.worker])
+                with losing_workers(self.workers):
+                    machines = stack.exchange(own, self.worker, self.workers)
+            check_devices([machine["devices"] for machine in machines])
         elif self.local_replicas > 1 or gpus:
             devices = [f"{self.device_kind}:{i}" for i in range(self.local_replicas)]
             self.strategy = tf.distribute.MirroredStrategy(devices)
         else:
             self.strategy = tf.distribute.get_strategy()
-        # Not local_replicas * workers: another worker may have a different config. It is compared later.
+        self.hardware = ", ".join(sorted({machine["hardware"] for machine in machines}))
         self.replicas = self.strategy.num_replicas_in_sync
         self.batch_size, self.replica_batch = batch_size, batch_size // self.replicas
 
@@ -157,8 +170,49 @@ class World:
             "onednn": str(int(stack.is_onednn_on())),
             "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count(),
             "devices": f"{self.replicas} x {self.device_kind}",
+            "hardware": self.hardware,
             "workers": self.workers,
         }
+
+
+def describe_hardware(gpus: list[Any]) -> str:
+    """What TensorFlow's libraries choose their kernels by: the models of the GPUs, or the CPU's instruction sets.
+
+    The model of the CPU is included because its caches decide how sums are split.
+    """
+    if gpus:
+        return ", ".join(
+            sorted({tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus})
+        )
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        text = ""
+    model = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)
+    sets = sorted(flag for flag in (flags[1].split() if flags else []) if INSTRUCTION_SETS.match(flag))
+    limits = [f"{name}={os.environ[name]}" for name in ONEDNN_LIMITS if name in os.environ]
+    return " ".join([model[1] if model else platform.machine(), *sets, *limits])
+
+
+def make_strategy_of_workers(address: str) -> tf.distribute.Strategy:
+    """Raises Stopped if another process took the port meanwhile."""
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except tf.errors.UnknownError as error:
+        if "Could not start gRPC server" not in str(error):
+            raise
+        raise Stopped(f"TensorFlow cannot listen at {address}, {IN_USE}") from error
+
+
+def check_devices(devices: list[str]) -> None:
+    """Raises ConfigError, on all workers, unless all have the same number of devices of one kind."""
+    if len(set(devices)) > 1:
+        listed = ", ".join(f"worker {worker} has {each}" for worker, each in enumerate(devices))
+        raise ConfigError(
+            f"workers have different devices: {listed}; give all the same number, with CUDA_VISIBLE_DEVICES or "
+            f"distribute.cpu_devices"
+        )
 
 
 def bypass_proxy(cluster: list[str]) -> None:
@@ -188,6 +242,8 @@ def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[
             listener.bind(("", int(cluster[own].rpartition(":")[2])))
             listener.listen(len(cluster))
         except (OSError, ValueError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                raise Stopped(f"this worker cannot listen at {cluster[own]}, {IN_USE}") from error
             raise ConfigError(
                 f"TF_CONFIG gives this worker the address {cluster[own]}, but it cannot listen there: {error}; "
                 f"give it HOST:PORT with a free port"
@@ -229,6 +285,21 @@ def kill_after(seconds: int) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+@contextlib.contextmanager
+def losing_workers(workers: int) -> Iterator[None]:
+    """Raises LostWorker for an error that TensorFlow raises because one of several workers is lost."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if workers == 1 or not is_loss_of_peer(error):
+            raise
+        reason = re.search("aborted by: (.*)", error.message)
+        raise LostWorker(
+            f"another worker ended or stopped answering ({reason[1][:200] if reason else type(error).__name__}); "
+            f"the checkpoints are intact: start the same command on all workers again"
+        ) from error
+
+
 def is_loss_of_peer(error: tf.errors.OpError) -> bool:
     """Whether TensorFlow raises this error when another worker ends or stops answering. Its other errors are real."""
     lost = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError
@@ -257,6 +328,8 @@ def read_tf_config() -> tuple[list[str], int]:
         index = int(task["index"])
         if task["type"] not in ("chief", "worker") or not 0 <= index < len(cluster.get(task["type"], [])):
             raise ValueError(f"its task is {task}, which must be a chief or worker that its cluster lists")
+        if len({*chiefs, *workers}) < len([*chiefs, *workers]):
+            raise ValueError("two workers have the same address")
         return [*chiefs, *workers], index + (len(chiefs) if task["type"] == "worker" else 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any, NoReturn, Optional
@@ -21,7 +20,7 @@ from hyperprior import __version__, storage
 from hyperprior.config import SOURCES, Config, flatten, render, without_secrets
 from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import open_splits
-from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, LostWorker, Stopped
+from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, Stopped
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
 from hyperprior.terminal import Terminal, Track
@@ -59,19 +58,11 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
             if world.is_chief:
                 resources.enter_context(storage.lock_directory(run))
 
-        try:
+        with distribute.losing_workers(world.workers):
             world.check_same({**select_comparable(settings), "version": __version__, "tensorflow": tf.__version__})
             world.check_batch()
             world.on_every_worker(take_directory)
             result = Trainer(settings, run, terminal, world, stop).run_to_end()
-        except tf.errors.OpError as error:
-            if world.workers == 1 or not distribute.is_loss_of_peer(error):
-                raise
-            reason = re.search("aborted by: (.*)", error.message)
-            raise LostWorker(
-                f"another worker ended or stopped answering ({reason[1][:200] if reason else type(error).__name__}); "
-                f"the checkpoints are intact: start the same command on all workers again"
-            ) from error
     return result if world.is_chief else None
 
 

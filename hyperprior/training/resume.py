@@ -122,10 +122,11 @@ def check(
             f"{run} holds a run on other data: {saved['data']}, now {describe_data(splits)}; "
             f"restore the sources, or choose another --run"
         )
+    before = saved["environment"]
     for key, now in environment.items():
-        if (was := saved["environment"].get(key)) != now:
+        if key in before and before[key] != now:  # an older version did not store every key
             terminal.warn(
-                f"{key} was {was} and is now {now}: the weights will not be bit-identical to "
+                f"{key} was {before[key]} and is now {now}: the weights may not be bit-identical to "
                 f"those of an uninterrupted run"
             )
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from workers import ROOT
 
-from hyperprior.errors import ConfigError, LostWorker
-from hyperprior.training import checkpoint, distribute
+from hyperprior import config
+from hyperprior.data.lanes import ALL
+from hyperprior.data.splits import Split, Splits
+from hyperprior.errors import ConfigError, LostWorker, Stopped
+from hyperprior.training import checkpoint, distribute, resume
 from hyperprior.training.distribute import read_tf_config
 
 TASK = {"type": "worker", "index": 1}
@@ -62,6 +69,7 @@ def test_a_cluster_is_read(monkeypatch: pytest.MonkeyPatch, tree: Any, expected:
         ('{"cluster": {"worker": ["a:1"]}, "task": {"type": "chief", "index": 0}}', "must be a chief or worker"),
         ('{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}', "must be a chief or worker"),
         ('{"cluster": {"worker": ["a:1"]}}', "TypeError"),
+        ('{"cluster": {"worker": ["a:1", "a:1"]}, "task": {"type": "worker", "index": 0}}', "have the same address"),
     ],
 )
 def test_what_is_not_understood_is_refused(monkeypatch: pytest.MonkeyPatch, text: str, problem: str) -> None:
@@ -80,6 +88,60 @@ def test_while_workers_are_missing_a_warning_names_them(monkeypatch: pytest.Monk
     with pytest.raises(LostWorker, match=r"no answer in 3 s .* worker 1 \(127.0.0.1:9\) of 2"):
         distribute.wait_for_workers([own, "127.0.0.1:9"], 0, 3, warnings.append)
     assert 3 <= len(warnings) <= 6 and all("waiting for worker 1 (127.0.0.1:9) of 2" in text for text in warnings)
+
+
+def test_a_port_in_use_is_tried_again() -> None:
+    """Another process may take a port after it was chosen, before this worker listens, or before TensorFlow does."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        own = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(Stopped, match=f"cannot listen at {own}, where another process listens") as error:
+            distribute.wait_for_workers([own, "127.0.0.1:9"], 0, 3, print)
+        assert error.value.exit_code == 75
+        place = {"cluster": {"worker": [own, "127.0.0.1:9"]}, "task": {"type": "worker", "index": 0}}
+        program = (
+            "from hyperprior import config\nfrom hyperprior.training import distribute\n"
+            "distribute.wait_for_workers = lambda *arguments: None\ndistribute.World(config.Distribute(), 2)"
+        )
+        environment = {**os.environ, "TF_CONFIG": json.dumps(place), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stderr
+        assert f"Stopped: TensorFlow cannot listen at {own}, where another process listens" in said, said
+    with pytest.raises(ConfigError, match="it cannot listen there"):
+        distribute.wait_for_workers(["127.0.0.1:99999", "127.0.0.1:9"], 0, 3, print)
+
+
+def test_the_environment_names_what_kernels_are_chosen_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = distribute.World(config.Distribute(), 2)
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    hardware = world.environment()["hardware"].split()
+    assert {"avx2", "avx512f", "amx_bf16"} & set(flags.split()) <= set(hardware) and "smep" not in hardware
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # oneDNN then chooses other kernels
+    limited = distribute.World(config.Distribute(), 2).environment()["hardware"].split()
+    assert limited == [*hardware, "ONEDNN_MAX_CPU_ISA=AVX2"]
+    details = {"device_name": "NVIDIA L4", "compute_capability": (8, 9)}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda gpu: details)
+    assert distribute.describe_hardware(["GPU:0", "GPU:1"]) == "NVIDIA L4"
+
+
+def test_a_resume_on_other_hardware_warns_once_and_an_old_checkpoint_does_not(tmp_path: Path) -> None:
+    settings = config.load_config(None, [])
+    splits = Splits(Split([], ALL), Split([], ALL), Split([], ALL), "val")
+    before = {"onednn": "1", "hardware": "EPYC avx2", "workers": 1}
+    for stored, expected in (
+        (before, []),
+        ({"onednn": "1", "workers": 1}, []),
+        (
+            {**before, "hardware": "Xeon avx512f"},
+            ["hardware was Xeon avx512f and is now EPYC avx2: the weights may not"],
+        ),
+    ):
+        saved = {"config": settings.to_dict(), "data": resume.describe_data(splits), "environment": stored}
+        warnings: list[str] = []
+        terminal: Any = SimpleNamespace(warn=warnings.append, say=pytest.fail)
+        resume.check(tmp_path, saved, settings, splits, before, terminal)
+        assert len(warnings) == len(expected) and all(map(str.startswith, warnings, expected)), warnings
 
 
 def test_workers_go_around_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
