@@ -41,20 +41,21 @@ stopping=""
 
 stop() {
     stopping=yes
-    kill -TERM "${pids[@]}" 2> /dev/null
+    kill -TERM ${pids[@]+"${pids[@]}"} 2> /dev/null
 }
 trap stop TERM INT
 
 start() {
     local ports cluster i
+    pids=()
     ports="$("$(dirname "$hyperprior")/python" -c '
 import socket, sys
 sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
 for s in sockets:
     s.bind(("127.0.0.1", 0))
-print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$count")"
-    pids=()
+print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$count")" || [ -n "$stopping" ] || exit 2
     for ((i = 0; i < count; i++)); do
+        if [ -n "$stopping" ]; then break; fi
         (
             trap - TERM INT
             export TF_CONFIG="{\"cluster\": {\"worker\": [$ports]}, \"task\": {\"type\": \"worker\", \"index\": $i}}"
@@ -67,6 +68,7 @@ print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$co
         ) &
         pids+=($!)
     done
+    if [ -n "$stopping" ]; then stop; fi # the signal may have come before a worker was in `pids`
 }
 
 # Waits for all workers. `verdict` is then the exit code, or 75 if all should be started again.
@@ -106,6 +108,7 @@ wait_all() {
 
 for ((restarts = 0; ; restarts++)); do
     start "$@"
+    if [ ${#pids[@]} -eq 0 ]; then exit 75; fi # a signal came before a worker was started
     wait_all
     if [ "$verdict" -ne 75 ] || [ -n "$stopping" ]; then exit "$verdict"; fi
     if [ "$restarts" -ge "$max_restarts" ]; then

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import re
@@ -182,12 +183,11 @@ def train_all(plan: Plan, runs: Sequence[tuple[float, Optional[float]]], termina
     waiting, running = list(runs), dict[int, tuple[subprocess.Popen[bytes], Path]]()
     failed: Optional[HyperpriorError] = None
     stopping = False
+    told: set[int] = set()  # slots whose process was asked to stop
 
     def stop(number: int, frame: object) -> None:
         nonlocal stopping
-        stopping = True
-        for process, _ in running.values():
-            process.send_signal(signal.SIGTERM)
+        stopping = True  # the loop tells the processes: one may have been started, but not be in `running` yet
 
     old_handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -198,6 +198,9 @@ def train_all(plan: Plan, runs: Sequence[tuple[float, Optional[float]]], termina
                     terminal.say(f"lambda {lmbda:g}: {plan.folder(lmbda)}")
                     running[slot] = start_run(plan, lmbda, origin, slot), plan.folder(lmbda)
             for slot, (process, folder) in list(running.items()):
+                if stopping and slot not in told:
+                    told.add(slot)
+                    process.send_signal(signal.SIGTERM)
                 if (code := process.poll()) is not None:
                     del running[slot]
                     if code and not failed:
@@ -237,11 +240,13 @@ def start_run(plan: Plan, lmbda: float, origin: Optional[float], slot: int) -> s
             stdout=output,
             stderr=subprocess.STDOUT if log else None,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )
 
 
-def end_with_parent() -> None:
-    """Asks Linux to send SIGTERM to this process when its parent dies."""
+def end_with_parent(parent: int) -> None:
+    """Asks Linux to send SIGTERM to this process when its parent dies, which may have happened already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -60,12 +60,26 @@ def test_workers_sh_prints_its_usage_and_passes_exit_codes_on(stand_in: dict[str
         command = [script, "--max-restarts", "1", "2", "c.yaml", "--run", "r"]
         result = subprocess.run(command, env={**stand_in, "CODE": code}, capture_output=True, text=True)
         assert result.returncode == expected
-        assert len(log.read_text().splitlines()) == starts
+        # A worker that is told to end before it has begun leaves no line.
+        assert starts // 2 <= len(log.read_text().splitlines()) <= starts
         assert log.read_text().startswith("train c.yaml --run r distribute.intra_op_threads=")
     running = subprocess.Popen([script, "2", "c.yaml"], env={**stand_in, "CODE": "wait"})
     time.sleep(2)
     running.send_signal(signal.SIGTERM)
     assert running.wait(10) == 75  # no restart after SIGTERM
+
+
+def test_workers_sh_starts_no_worker_after_a_signal(stand_in: dict[str, str], tmp_path: Path) -> None:
+    """The signal comes while the ports are chosen: a worker that is started later would not get it."""
+    python = tmp_path / "python"
+    python.write_text(python.read_text().replace("exec", f"touch {tmp_path}/choosing; sleep 2; exec"))
+    script = [ROOT / "launch" / "workers.sh", "2", "c.yaml"]
+    running = subprocess.Popen(script, env={**stand_in, "CODE": "wait"})
+    while not (tmp_path / "choosing").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 75 and not Path(stand_in["HYPERPRIOR"] + ".log").exists()
 
 
 def test_workers_sh_ends_the_others_when_one_has_ended(stand_in: dict[str, str]) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, Command, photo
 
 from hyperprior import cli, stack
-from hyperprior.errors import ConfigError
+from hyperprior.errors import ConfigError, Stopped
 from hyperprior.training import sweep
 
 SHORT = [*TINY, "train.steps=20", "train.validate_every=10", "train.checkpoint_every=5"]
@@ -82,6 +85,32 @@ def test_parallel_runs_give_the_same_table_and_are_evaluated_together(
     assert [row["run"] for row in done] == ["two/lambda-0.002", "two/lambda-0.05"] and done[0]["bpp"] < done[1]["bpp"]
     assert [row["loss"] for row in one] == [row["loss"] for row in done]
     assert "lambda-0.002" in (tmp_path / "two" / "results" / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("moment", ["before it starts", "before it is noted"])
+def test_a_signal_while_a_run_starts_stops_that_run(
+    tmp_path: Path, empty_config: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    started: list[Child] = []
+
+    class Child(subprocess.Popen[bytes]):
+        def __init__(self, command: object, **options: Any):
+            if moment == "before it starts":
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(["sleep", "60"], **options)
+            started.append(self)
+            if moment == "before it is noted":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    with pytest.raises(Stopped):
+        sweep.train_all(sweep.Plan(empty_config, [], tmp_path / "out"), [(0.1, None), (0.2, None)], sweep.Terminal())
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
+
+
+def test_a_run_whose_sweep_died_before_it_began_ends() -> None:
+    process = subprocess.Popen(["sleep", "60"], preexec_fn=functools.partial(sweep.end_with_parent, 1))
+    assert process.wait(50) == -signal.SIGTERM
 
 
 def test_a_wrong_sweep_is_refused_before_anything_is_trained(
