@@ -59,8 +59,10 @@ class Progress:
         state = self.state
         seconds = max(time.perf_counter() - self.began, 1e-9)
         values = dict(state.sums)
-        steps = max(values.pop("steps"), 1.0)
+        steps, norm, norms = max(values.pop("steps"), 1.0), values.pop("gradient_norm"), values.pop("norms")
         values = {name: total / steps for name, total in values.items()}
+        if norms:
+            values["gradient_norm"] = norm / norms
         values["bpp"] = values["bpp_y"] + values["bpp_z"]
         values["learning_rate"] = float(optimizer.learning_rate(tf.constant(state.step - 1)))
         values["images_per_s"] = (state.step - state.logged_step) * self.world.batch_size / seconds

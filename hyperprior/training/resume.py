@@ -78,6 +78,8 @@ class State:
         values = {name: value for name, value in values.items() if name in known}  # a later version may have more
         if isinstance(values["sums"], list):
             values["sums"] = dict(zip(SUMS_OF_0_1, values["sums"]))
+        if values["sums"]:  # a checkpoint without "norms" counted every step in the mean of gradient_norm
+            values["sums"] = {"norms": values["sums"]["steps"], **values["sums"]}
         return cls(
             cursors=[Cursor(*cursor) for cursor in values.pop("cursors")],
             counts=Counts(**{name: values.pop(name) for name in Counts._fields}),

@@ -22,8 +22,9 @@ from hyperprior.training.distribute import World
 from hyperprior.training.optimizer import Optimizer
 
 MEASURED = measured_in(TRAIN)
-# The sums of a call over its steps with a finite gradient. "steps" is their number.
-SUMMED = (*MEASURED, "gradient_norm", "steps")
+# The sums of a call over its steps that did not fail: "steps" is their number. In float16 some have no gradient norm,
+# because of an overflow: "norms" is the number of those that have one.
+SUMMED = (*MEASURED, "gradient_norm", "norms", "steps")
 
 
 class Steps(NamedTuple):
@@ -155,8 +156,9 @@ def make_replica_step(
             # In float16 an overflow means that the loss scale is too high. It is a failure only at a scale below 1.
             failed = ~tf.math.is_finite(loss) | (~is_finite & (scale < 1.0))
             norm = tf.where(is_finite, norm, 0.0)
+        metrics = tf.stack([*metrics, norm, tf.cast(is_finite, tf.float32), 1.0])
         optimizer.apply(gradient * factor, is_finite, stopped | failed | ~is_active, step)
-        return StepResult(stopped, failed, tf.stack([*metrics, norm, 1.0]), tf.stack(counts), waited)
+        return StepResult(stopped, failed, metrics, tf.stack(counts), waited)
 
     return replica_step
 

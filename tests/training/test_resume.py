@@ -35,6 +35,7 @@ def test_the_state_of_0_1_is_read() -> None:
         "distortion": 4.0,
         "psnr_db": 5.0,
         "gradient_norm": 6.0,
+        "norms": 5.0,
         "steps": 5.0,
     }
     stored = json.loads(json.dumps(state.to_json()))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +18,12 @@ from workers import ROOT
 
 from hyperprior import config
 from hyperprior.data.stream import Counts
+from hyperprior.terminal import Terminal
 from hyperprior.training import steps
 from hyperprior.training.distribute import World
 from hyperprior.training.optimizer import Optimizer
+from hyperprior.training.progress import Progress
+from hyperprior.training.resume import State
 
 PLACED_WITH_OTHERS = {"Const", "NoOp", "Placeholder", "While", "PartitionedCall", "StatefulPartitionedCall"}
 # They raise an error on a GPU after enable_op_determinism(): TensorFlow's release notes of 2.7 to 2.9, and its kernels.
@@ -159,6 +165,31 @@ def test_a_call_runs_with_deterministic_operations() -> None:
     folders = [str(ROOT / "tests" / "training"), str(ROOT / "tests"), str(ROOT)]
     command = [sys.executable, "-c", f"import sys\nsys.path[:0] = {folders}\n{program}"]
     subprocess.run(command, check=True, timeout=120)
+
+
+def test_the_mean_norm_is_over_the_steps_that_have_one(tmp_path: Path) -> None:
+    """In float16 a step at too high a loss scale has no gradient norm, but its loss counts."""
+    call = make_call("CPU", "train.precision=mixed_float16")
+    state = State([])
+    world: Any = SimpleNamespace(is_chief=True, device_kind="CPU", batch_size=2)
+    progress = Progress(world, config.load_config(None, []), tmp_path, state, Any, Terminal(quiet=True))  # type: ignore[arg-type]
+    sums = []
+    for loss_scale in (1.0, 2.0**100):
+        call.optimizer.loss_scale.assign(loss_scale)
+        result = call.run(*call.inputs)
+        assert int(result.done) == 3
+        sums.append(result.metrics.numpy())
+    norm, norms = (steps.SUMMED.index(name) for name in ("gradient_norm", "norms"))
+    assert [(each[norms], each[-1]) for each in sums] == [(3, 3), (0, 3)] and sums[0][norm] > 0
+    for number, group in enumerate((sums, sums[1:]), 1):
+        for each in group:
+            progress.add_sums(each, 0.0)
+        state.step = number
+        progress.log_means(call.optimizer, SimpleNamespace(line=lambda *words: None))  # type: ignore[arg-type]
+    progress.close()
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["gradient_norm"] == pytest.approx(sums[0][norm] / 3) and "gradient_norm" not in second
+    assert first["loss"] == pytest.approx((sums[0][0] + sums[1][0]) / 6) and np.isfinite(second["loss"])
 
 
 @pytest.mark.parametrize("device_kind", ["CPU", "GPU"])
