@@ -2,4 +2,4 @@
 
 from hyperprior.codec import load as load  # no __all__: pdoc would leave out the rooms
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("seed=1:30", '`seed` is "1:30"'),
         ("str=3", "unknown key `str`"),
         ("train.int=3", "unknown key `train.int`"),
-        ("data.train=&a [*a]", "`data.train.0` is a value that contains itself"),
+        ("data.extensions=&a [*a]", "`data.extensions.0` is a value that contains itself"),
         ("model.num_filters=99999999999", "less than or equal to 4096"),
         ("seed=" + 5000 * "[", "not valid YAML"),
         ("train.validate_every=-5.0", "an interval is a number of steps"),
@@ -95,6 +96,67 @@ def test_an_error_names_the_bad_value_and_the_allowed_values(override: str, mess
         load_config(write(tmp_path, "seed: 1\n"), [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def expand(text: str) -> list[str]:
+    """The words that bash makes of `text`."""
+    return subprocess.run(["bash", "-c", f"printf '%s\\n' {text}"], capture_output=True, text=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("'data.train=shards-{000..127}.tar'", ["shards-{000..127}.tar"]),
+        ("data.train=shards-{000..127}.tar", [f"shards-{i:03d}.tar" for i in range(128)]),
+        ("data.train=[shards-{0..1}.tar]", ["shards-0.tar", "shards-1.tar"]),
+        ("'data.train={a,b}.tar'", ["{a,b}.tar"]),
+        ("data.train={a,b}.tar", ["a.tar", "b.tar"]),
+        ("""'data.train=["{0..9}.tar", photos/]'""", ["{0..9}.tar", "photos/"]),
+        ("""'data.train="a.tar"'""", ["a.tar"]),
+        ("data.train=photos/", ["photos/"]),
+        ("data.train=2024", ["2024"]),
+        ("'data.train=a: b #1.tar'", ["a: b #1.tar"]),
+        ("data.train=[a.tar,b.tar] data.train=b.tar data.train=c.tar", ["a.tar", "b.tar", "c.tar"]),
+        ("data.train=a.tar data.train=[] data.train=b.tar", ["b.tar"]),
+    ],
+)
+def test_sources_are_read_as_a_shell_gives_them(words: str, expected: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {train: [other.tar], val: [v.tar]}\n")
+    config = load_config(path, expand(words))
+    assert (config.data.train, config.data.val) == (expected, ["v.tar"])
+    assert load_config(config, []) == config and load_config(config, ["data.train=x"]).data.train == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("'data.train=[shards-{000..127}.tar]'", """braces needs quotes: ["shards-{000..127}.tar"]"""),
+        (
+            "data.train=[a.tar, b.tar]",
+            "`data.train=[a.tar,`: not valid YAML: the list does not end; in a shell write 'data.",
+        ),
+        ("data.train=", "`data.train` is null: input should be a valid list"),
+    ],
+)
+def test_sources_that_cannot_be_read_say_how_to_write_them(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, expand(words))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_is_found_by_name_and_a_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config(CONFIGS[0].parent / "photos.yaml")
+    assert load_config("photos") == shipped == load_config(Path("photos"))
+    (tmp_path / "photos").mkdir()  # the photographs
+    assert load_config("photos") == shipped
+    (tmp_path / "quickstart").write_text("seed: 7\n")
+    assert load_config("quickstart") == load_config(None, ["seed=7"])
+    for name in ("photo", "configs/photos.yaml", "d/photos", "../photos", "photos.yaml"):
+        with pytest.raises(ConfigError) as error:
+            load_config(name)
+        assert "a name: box, imagenet_ms_ssim, imagenet_mse, photos, quickstart" in str(error.value), name
+        assert "\n" not in str(error.value) and "did you mean photos?" in str(error.value), name
 
 
 def test_merge_keys_work(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hyperprior.config.reading import load_config, validate
 from hyperprior.config.schema import (
     DOWNSAMPLING,
     MS_SSIM_MIN_SIDE,
+    SOURCES,
     Config,
     Data,
     Distribute,
@@ -22,7 +23,6 @@ from hyperprior.config.schema import (
     Train,
 )
 from hyperprior.config.writing import (
-    SOURCES,
     Difference,
     differences,
     flatten,

@@ -55,6 +55,9 @@ def parse_yaml(text: str, name: str) -> Any:
     try:
         return loader.get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # TypeError: a key is a mapping
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split())
+        if "got '{'" in problem:
+            problem += """; in a list, text with braces needs quotes: ["shards-{000..127}.tar"]"""
+        raise ConfigError(f"{name}: not valid YAML: {problem}") from error
     finally:
         loader.dispose()

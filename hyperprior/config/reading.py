@@ -5,25 +5,46 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Union
 
 from pydantic import ValidationError
 
 from hyperprior.config.dialect import parse_yaml
-from hyperprior.config.schema import Config, find_section, list_fields
+from hyperprior.config.schema import SOURCES, Config, find_section, list_fields
 from hyperprior.errors import ConfigError
 
+SHIPPED = Path(__file__).parents[1] / "configs"
+SOURCE_KEYS = [f"data.{name}" for name in SOURCES]
 
-def load_config(path: Optional[Path], overrides: list[str]) -> Config:
-    """The config of a YAML file (or the defaults) with `section.key=value` overrides on top.
+
+def load_config(config: Union[Config, str, Path, None], overrides: Sequence[str] = ()) -> Config:
+    """The Config of a YAML file, with `section.key=value` overrides on top.
+
+    `config`: a file, or the name of a config that comes with the package, such as "photos"; a file of that name is
+    preferred. It can also be a Config, or None for the defaults. Of several overrides of a key the last one counts, but
+    sources add up, because a shell makes several overrides of `data.train=shards-{000..127}.tar`.
 
     Raises ConfigError with the key, the received value and the allowed values.
     """
-    tree = {} if path is None else read_file(path)
+    if isinstance(config, Config):
+        tree, origin = config.to_dict(), "config"
+    elif config is None:
+        tree, origin = {}, "config"
+    else:
+        tree, origin = read_file(find_file(Path(config))), str(config)
+    sources: dict[str, list[str]] = {}
     for override in overrides:
-        apply_override(tree, override)
-    return validate(tree, str(path) if path else "config")
+        apply_override(tree, override, sources)
+    return validate(tree, origin)
+
+
+def find_file(path: Path) -> Path:
+    """The file at `path`. If there is none, the config of this name that comes with the package."""
+    shipped = SHIPPED / f"{path}.yaml"
+    is_file = path.exists() and not path.is_dir()  # a pipe, too; but photos/ may be the photographs
+    return shipped if len(path.parts) == 1 and shipped.is_file() and not is_file else path
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -33,10 +54,13 @@ def read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path} is not text: {error}") from error
     except OSError as error:
+        names = sorted(shipped.stem for shipped in SHIPPED.glob("*.yaml"))
         others = [str(other) for other in path.parent.glob("*.yaml")]
-        close = difflib.get_close_matches(str(path), others, n=1)
+        close = difflib.get_close_matches(str(path), others, n=1) or difflib.get_close_matches(path.stem, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}{hint}") from error
+        raise ConfigError(
+            f"config {path} cannot be read: {error.strerror}{hint}; give a YAML file, or a name: {', '.join(names)}"
+        ) from error
     if tree is None:  # an empty file
         return {}
     if not isinstance(tree, dict):
@@ -44,9 +68,12 @@ def read_file(path: Path) -> dict[str, Any]:
     return tree
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Puts `section.key=value` into the tree of plain values. Raises ConfigError."""
-    key, equals, value = override.partition("=")
+def apply_override(tree: dict[str, Any], override: str, sources: dict[str, list[str]]) -> None:
+    """Puts `section.key=value` into the tree of plain values. Raises ConfigError.
+
+    `sources`: those that earlier overrides gave, by key. An override adds to them; `[]` removes them.
+    """
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"`{override}` is not an override; write section.key=value, as in train.steps=1000")
     *sections, leaf = key.split(".")
@@ -58,7 +85,14 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             names = [name for name in Config.model_fields if name != "seed"]
             raise ConfigError(f"`{override}`: `{section}` is not a section; {', '.join(names)} are")
-    node[leaf] = parse_yaml(value, f"`{override}`")
+    if text.startswith("[") and "]" not in text:
+        raise ConfigError(f"`{override}`: not valid YAML: the list does not end; in a shell write '{key}=[a, b]'")
+    is_plain_source = key in SOURCE_KEYS and re.match("[^\\['\"]", text)  # it may contain any characters
+    value = [text] if is_plain_source else parse_yaml(text, f"`{override}`")
+    if key in SOURCE_KEYS and isinstance(value, list):
+        earlier = sources.get(key, []) if value else []
+        value = sources[key] = [*earlier, *(source for source in value if source not in earlier)]
+    node[leaf] = value
     # Both keys set the length of a run, so the later one replaces the other.
     if key == "train.steps":
         node.pop("epochs", None)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.fields import FieldInfo
 
 DOWNSAMPLING = 64  # pixels per element of z along each side: four strides of 2 in g_a, two in h_a
+SOURCES = ("train", "val", "test")  # the keys of `data` that list sources
 MS_SSIM_MIN_SIDE = 161  # five scales of an 11 x 11 window
 
 

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic.fields import FieldInfo
 
-from hyperprior.config.schema import Config, find_section, list_fields
-
-SOURCES = ("train", "val", "test")  # of data
+from hyperprior.config.schema import SOURCES, Config, find_section, list_fields
 
 
 def render(config: Config) -> str:
