@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -137,3 +138,34 @@ def use_cpu_devices(count: int) -> Iterator[None]:
         yield
     finally:
         extended._initialize_local_devices = original
+
+
+@contextlib.contextmanager
+def join_without_lock() -> Iterator[None]:
+    """Lets other Python threads run while MultiWorkerMirroredStrategy waits for its workers, up to an hour.
+
+    TensorFlow's own wrapper of this call holds Python's lock: no thread could end the wait, nor hear a signal.
+    """
+    from tensorflow.python import _pywrap_tfe, pywrap_tfe
+    from tensorflow.python.framework import errors_impl
+
+    original = pywrap_tfe.TFE_EnableCollectiveOps
+    library = ctypes.CDLL(_pywrap_tfe.__file__)  # it finds TensorFlow's C functions in the libraries behind it
+    to_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    to_pointer.restype, to_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    library.TF_NewStatus.restype, library.TF_Message.restype = ctypes.c_void_p, ctypes.c_char_p
+
+    def enable_collective_ops(context: Any, server: bytes) -> None:
+        status = ctypes.c_void_p(library.TF_NewStatus())
+        pointer = ctypes.c_void_p(to_pointer(context, None))
+        library.TFE_EnableCollectiveOps(pointer, server, ctypes.c_size_t(len(server)), status)
+        code, message = library.TF_GetCode(status), library.TF_Message(status).decode(errors="replace")
+        library.TF_DeleteStatus(status)
+        if code:
+            raise errors_impl.exception_type_from_error_code(code)(None, None, message)
+
+    pywrap_tfe.TFE_EnableCollectiveOps = enable_collective_ops
+    try:
+        yield
+    finally:
+        pywrap_tfe.TFE_EnableCollectiveOps = original

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import faulthandler
 import json
 import os
 import platform
 import re
-import signal
 import socket
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional, TypeVar
@@ -34,6 +35,8 @@ IN_USE = "where another process listens; start the same command again, or give a
 INSTRUCTION_SETS = re.compile("sse4|avx|amx|fma|f16c|asimd|sve|sme(?!p)|bf16|i8mm")
 ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # variables that oneDNN reads
 TF_CONFIG_KEYS = {"cluster", "task", "environment", "rpc_layer", "job"}  # TensorFlow's, and `job` of Google's clouds
+
+JOINED_AFTER = 45  # seconds that workers which have met may take until all have joined TensorFlow's cluster
 
 
 class World:
@@ -64,10 +67,10 @@ class World:
         if self.workers > 1:
             bypass_proxy(cluster)
             wait_for_workers(cluster, self.worker, settings.start_timeout, warn)
-            with kill_after(settings.start_timeout), stack.use_cpu_devices(settings.cpu_devices or 1):
+            cpu_devices = stack.use_cpu_devices(settings.cpu_devices or 1)
+            with give_up_after(JOINED_AFTER), stack.join_without_lock(), cpu_devices:
                 self.strategy = make_strategy_of_workers(cluster[self.worker])
-                with losing_workers(self.workers):
-                    machines = stack.exchange(own, self.worker, self.workers)
+                machines = stack.exchange(own, self.worker, self.workers)
             check_devices([machine["devices"] for machine in machines])
         elif self.local_replicas > 1 or gpus:
             devices = [f"{self.device_kind}:{i}" for i in range(self.local_replicas)]
@@ -226,8 +229,8 @@ def bypass_proxy(cluster: list[str]) -> None:
 def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[[str], None]) -> None:
     """Waits until every worker of `cluster` answers at its address. Raises LostWorker with those that do not.
 
-    TensorFlow would wait without a limit and block all Python threads. Until TensorFlow opens this worker's port, a
-    socket here answers on it. So an answer means that the worker has reached this point.
+    TensorFlow would wait for an hour, and name none. Until TensorFlow opens this worker's port, a socket here answers
+    on it. So an answer means that the worker has reached this point.
     """
     began = time.monotonic()
     told = LATE
@@ -272,27 +275,36 @@ def is_reachable(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def kill_after(seconds: int) -> Iterator[None]:
-    """Kills the process with SIGALRM after `seconds` and prints the stack. This works in native code too."""
-    faulthandler.dump_traceback_later(seconds)
-    old_handler = signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(seconds + 1)
+def give_up_after(seconds: int) -> Iterator[None]:
+    """Ends the process as a lost worker does if the block takes longer: its thread may be waiting in TensorFlow."""
+
+    def give_up() -> None:
+        print(
+            f"hyperprior: another worker ended or stopped answering: all had met, but after {seconds} s they have not "
+            f"joined; start the same command on all workers again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LostWorker.exit_code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old_handler)
-        faulthandler.cancel_dump_traceback_later()
+        timer.cancel()
 
 
 @contextlib.contextmanager
-def losing_workers(workers: int) -> Iterator[None]:
-    """Raises LostWorker for an error that TensorFlow raises because one of several workers is lost."""
+def name_lost_workers() -> Iterator[None]:
+    """Raises LostWorker in place of the errors that TensorFlow raises when another worker is lost."""
     try:
         yield
     except tf.errors.OpError as error:
-        if workers == 1 or not is_loss_of_peer(error):
+        if len(read_tf_config()[0]) <= 1 or not is_loss_of_peer(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # TensorFlow's hold a thread pool, whose end at exit is noisy
         reason = re.search("aborted by: (.*)", error.message)
         raise LostWorker(
             f"another worker ended or stopped answering ({reason[1][:200] if reason else type(error).__name__}); "

@@ -47,7 +47,7 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
     Raises ConfigError, DataError, DivergedError, StorageError, LostWorker, or Stopped after a stop request. The run's
     last checkpoint is then complete. All workers raise the same error, except a lost one.
     """
-    with StopRequest() as stop, contextlib.ExitStack() as resources:
+    with StopRequest() as stop, contextlib.ExitStack() as resources, distribute.name_lost_workers():
         world = World(settings.distribute, settings.train.batch_size, terminal.warn)
         stop.install()
         if not world.is_chief:
@@ -58,11 +58,10 @@ def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str,
             if world.is_chief:
                 resources.enter_context(storage.lock_directory(run))
 
-        with distribute.losing_workers(world.workers):
-            world.check_same({**select_comparable(settings), "version": __version__, "tensorflow": tf.__version__})
-            world.check_batch()
-            world.on_every_worker(take_directory)
-            result = Trainer(settings, run, terminal, world, stop).run_to_end()
+        world.check_same({**select_comparable(settings), "version": __version__, "tensorflow": tf.__version__})
+        world.check_batch()
+        world.on_every_worker(take_directory)
+        result = Trainer(settings, run, terminal, world, stop).run_to_end()
     return result if world.is_chief else None
 
 
