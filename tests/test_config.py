@@ -116,7 +116,8 @@ def expand(text: str) -> list[str]:
         ("data.train=photos/", ["photos/"]),
         ("data.train=2024", ["2024"]),
         ("'data.train=a: b #1.tar'", ["a: b #1.tar"]),
-        ("data.train=[a.tar,b.tar] data.train=b.tar data.train=c.tar", ["a.tar", "b.tar", "c.tar"]),
+        ("data.train=[a.tar,b.tar] data.train=c.tar data.train=[d.tar]", ["a.tar", "b.tar", "c.tar", "d.tar"]),
+        ("data.train=a.tar seed=1 data.train=[b.tar]", ["b.tar"]),  # as when a user's word follows those of a script
         ("data.train=a.tar data.train=[] data.train=b.tar", ["b.tar"]),
     ],
 )

@@ -24,7 +24,7 @@ def load_config(config: Union[Config, str, Path, None], overrides: Sequence[str]
 
     `config`: a file, or the name of a config that comes with the package, such as "photos"; a file of that name is
     preferred. It can also be a Config, or None for the defaults. Of several overrides of a key the last one counts, but
-    sources add up, because a shell makes several overrides of `data.train=shards-{000..127}.tar`.
+    sources that follow each other add up, because a shell makes many words of `data.train=shards-{000..127}.tar`.
 
     Raises ConfigError with the key, the received value and the allowed values.
     """
@@ -34,9 +34,8 @@ def load_config(config: Union[Config, str, Path, None], overrides: Sequence[str]
         tree, origin = {}, "config"
     else:
         tree, origin = read_file(find_file(Path(config))), str(config)
-    sources: dict[str, list[str]] = {}
-    for override in overrides:
-        apply_override(tree, override, sources)
+    for before, override in zip(["", *overrides], overrides):
+        apply_override(tree, override, follows=before.partition("=")[0] == override.partition("=")[0])
     return validate(tree, origin)
 
 
@@ -68,10 +67,10 @@ def read_file(path: Path) -> dict[str, Any]:
     return tree
 
 
-def apply_override(tree: dict[str, Any], override: str, sources: dict[str, list[str]]) -> None:
+def apply_override(tree: dict[str, Any], override: str, follows: bool) -> None:
     """Puts `section.key=value` into the tree of plain values. Raises ConfigError.
 
-    `sources`: those that earlier overrides gave, by key. An override adds to them; `[]` removes them.
+    `follows`: the override before it has the same key. Then sources add up; `[]` removes them.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -89,10 +88,8 @@ def apply_override(tree: dict[str, Any], override: str, sources: dict[str, list[
         raise ConfigError(f"`{override}`: not valid YAML: the list does not end; in a shell write '{key}=[a, b]'")
     is_plain_source = key in SOURCE_KEYS and re.match("[^\\['\"]", text)  # it may contain any characters
     value = [text] if is_plain_source else parse_yaml(text, f"`{override}`")
-    if key in SOURCE_KEYS and isinstance(value, list):
-        earlier = sources.get(key, []) if value else []
-        value = sources[key] = [*earlier, *(source for source in value if source not in earlier)]
-    node[leaf] = value
+    adds = follows and key in SOURCE_KEYS and value and isinstance(value, list) and isinstance(node[leaf], list)
+    node[leaf] = [*node[leaf], *value] if adds else value
     # Both keys set the length of a run, so the later one replaces the other.
     if key == "train.steps":
         node.pop("epochs", None)
