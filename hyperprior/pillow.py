@@ -66,6 +66,7 @@ class HypImageFile(ImageFile.ImageFile):
 def save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     model, quality, metric = (image.encoderinfo.get(name) for name in ("model", "quality", "metric"))
     codec: Any = model if hasattr(model, "compress") else load_cached(box.choose(model and str(model), quality, metric))
+    container.check_size(image.height, image.width)  # before all pixels are copied
     try:
         pixels = images.to_rgb(image)
     except images.Unusable as error:

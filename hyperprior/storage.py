@@ -148,10 +148,24 @@ def load_arrays(path: Path, file_format: int | str, most_bytes: Optional[int] = 
             raise ValueError("entries are missing")
     except Exception as error:  # the readers raise many types for a damaged file
         raise ValueError(f"{path} is damaged: {error}") from error
-    if state.get("format") != file_format:
-        mismatch = f"{path} has format {state.get('format')}; this version reads format {file_format}"
-        raise ConfigError(f"{mismatch}: give a file from `hyperprior export`, or use the version that wrote this file")
+    check_format(path, state.get("format"), file_format)
     return arrays, state
+
+
+def check_format(path: Path, found: Any, expected: int | str) -> None:
+    """Raises ConfigError for a file of another format. Checkpoints have a number, models have a name."""
+    if isinstance(found, int) and isinstance(expected, str):
+        folder = path.absolute().parent
+        run = folder.parent if folder.name == "checkpoints" else "RUN"
+        raise ConfigError(
+            f"{path} is a checkpoint of a run, not a model: `hyperprior export {run}` makes a model of the run's best "
+            f"weights"
+        )
+    if found != expected:
+        raise ConfigError(
+            f"{path} has format {found}; this version reads format {expected}: give a file from `hyperprior export`, "
+            f"or use the version that wrote this file"
+        )
 
 
 def with_prefix(prefix: str, arrays: Arrays) -> Arrays:

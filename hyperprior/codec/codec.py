@@ -120,21 +120,24 @@ class Codec:
         weights = {**self.weights, **exact.weights(self.layers, self.config.model)}
         return TrainedWeights(weights, self.config, self.info["step"])
 
-    def compress(self, image: np.ndarray, effort: int = 0) -> bytes:
+    def compress(self, image: np.ndarray, effort: int = 0, max_pixels: int = container.MAX_PIXELS) -> bytes:
         """A whole `.hyp` file of an [H, W, 3] uint8 image, sides 1 to 65,535. Raises DataError.
 
-        `effort`: rounds of `search` for cheaper latents; `check_effort` raises ConfigError for it.
+        `effort`: rounds of `search` for cheaper latents; `check_effort` raises ConfigError for it. Who allows more
+        `max_pixels` must allow them in `decompress`, too.
         """
-        return self.compress_batch([image], effort)[0]
+        return self.compress_batch([image], effort, max_pixels)[0]
 
-    def compress_batch(self, images: Sequence[np.ndarray], effort: int = 0) -> list[bytes]:
+    def compress_batch(
+        self, images: Sequence[np.ndarray], effort: int = 0, max_pixels: int = container.MAX_PIXELS
+    ) -> list[bytes]:
         """The files of several images. Small images of one size are faster together."""
         self.check_effort(effort)
         images = [np.asarray(image) for image in images]
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise DataError(f"an image must be [H, W, 3] uint8; found {list(image.shape)} {image.dtype}")
-            container.check_size(*image.shape[:2])
+            container.check_size(image.shape[0], image.shape[1], max_pixels)
         files: list[bytes] = [b""] * len(images)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         self.choose_engine(sizes)

@@ -61,10 +61,12 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
     return Stream(fingerprint, height, width, data[HEADER.size : at], np.frombuffer(data, "<i2", escapes, at), checksum)
 
 
-def check_size(height: int, width: int) -> None:
-    """Raises DataError for an image that the header cannot describe."""
+def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises DataError for an image that the header cannot describe, or that `read` would refuse."""
     if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise DataError(f"an image of {width}x{height} pixels; each side must be 1 to {MAX_SIDE}")
+    if height * width > max_pixels:
+        raise DataError(f"an image of {width}x{height} pixels; at most {max_pixels:,} are compressed (max_pixels)")
 
 
 def size_checksum(height: int, width: int) -> int:

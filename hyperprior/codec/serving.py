@@ -46,7 +46,8 @@ def save(codec: Codec, operations: Any, folder: Path) -> None:
 def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Tensor:
     height, width = tf.unstack(tf.shape(image)[:2])
     is_allowed = (tf.minimum(height, width) > 0) & (tf.maximum(height, width) <= container.MAX_SIDE)
-    check = tf.debugging.Assert(is_allowed, ["a side is not within 1 to 65535", height, width])
+    is_allowed &= tf.cast(height, tf.int64) * tf.cast(width, tf.int64) <= container.MAX_PIXELS
+    check = tf.debugging.Assert(is_allowed, ["image size not accepted", height, width])
     with tf.control_dependencies([check]):
         image = tf.identity(image)
     engine = codec.tensorflow_engine

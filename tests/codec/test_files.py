@@ -20,12 +20,13 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import TINY, Command, encoded, photo
 from PIL import Image
 
 import hyperprior as package
 from hyperprior import config, images, pillow, storage
-from hyperprior.codec import box, codec, files, native
+from hyperprior.codec import box, codec, container, files, native, serving
 from hyperprior.codec.codec import Codec
 from hyperprior.errors import BitstreamError, ConfigError, DataError, StorageError
 from hyperprior.terminal import Terminal
@@ -478,6 +479,26 @@ def test_info_distinguishes_files_models_and_runs(hyperprior: Command, run: Path
         info(tmp_path / "z", None)
 
 
+@pytest.mark.parametrize("name", ["step-000000030.npz", "best.npz"])
+def test_a_checkpoint_given_as_a_model_is_named_with_the_way_out(
+    hyperprior: Command, run: Path, tmp_path: Path, name: str
+) -> None:
+    photo(1).save(tmp_path / "a.png")
+    place = run / "checkpoints" / name
+    said = hyperprior("info", place, check=2).stderr
+    assert said == (
+        f"hyperprior: {place} is a checkpoint of a run, not a model: `hyperprior export {run}` makes a model of the "
+        f"run's best weights\n"
+    )
+    for words in (["compress", "a.png", "--model"], ["evaluate", "--images", ".", "--out", "o"]):
+        assert hyperprior(*words, place, check=2).stderr == said
+    copied = shutil.copy(place, tmp_path / "copy.npz")
+    assert (
+        "copy.npz is a checkpoint of a run, not a model: `hyperprior export RUN`"
+        in hyperprior("info", copied, check=2).stderr
+    )
+
+
 # Photographs ----------------------------------------------------------------------------------------------
 
 
@@ -601,6 +622,29 @@ def test_pillow_opens_and_saves(model: Codec, run: Path, tmp_path: Path) -> None
     with pytest.raises(BitstreamError, match="cut off"):
         Image.open(tmp_path / "x.hyp")
     assert pillow.accept(data)
+
+
+def test_what_decompress_would_refuse_is_not_written(tmp_path: Path, model: Codec) -> None:
+    huge = np.broadcast_to(np.uint8(0), (65_000, 2_800, 3))  # takes no memory
+    for compress in (model.compress, lambda image: model.compress_batch([image])):
+        with pytest.raises(DataError, match="2800x65000 pixels; at most 178,956,970 are compressed"):
+            compress(huge)
+    with pytest.raises(DataError, match="at most 178,956,970 are compressed"):
+        Image.new("L", (2_800, 65_000)).save(tmp_path / "x.hyp", model=model)
+    assert not (tmp_path / "x.hyp").exists()
+    small = np.asarray(photo(1, 40, 30))
+    with pytest.raises(DataError, match="at most 1,199"):
+        model.compress(small, max_pixels=1_199)
+    assert model.decompress(model.compress(small, max_pixels=1_200), max_pixels=1_200).shape == small.shape
+
+
+def test_the_served_codec_writes_nothing_that_it_would_refuse(model: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = native.load_operations().module
+    if not operations:
+        pytest.skip("needs the C++ range coder")
+    monkeypatch.setattr(container, "MAX_PIXELS", 1_199)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="image size not accepted"):
+        serving.compress_in_graph(model, operations, tf.constant(np.asarray(photo(1, 40, 30))))
 
 
 # Other processes ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from hyperprior import storage
 from hyperprior.errors import ConfigError, DataError
 
 FORMAT = "model 1"
@@ -83,6 +84,7 @@ def read_description(model: str | Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:  # reads only the entry `state`
             description = json.loads(archive["state"].tobytes())
+        storage.check_format(path, description["format"], FORMAT)
         own = {"fingerprint": description["fingerprint"], "format": description["format"]}
         return {**own, **description["config"]["model"], **description["config"]["loss"], **description["info"]}
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
