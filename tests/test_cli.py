@@ -21,6 +21,9 @@ from conftest import TINY, Command, encoded, photo, photos, tar_bytes
 from rich.console import Console
 
 from hyperprior import cli, terminal
+from hyperprior.data.lanes import group_of
+from hyperprior.data.pack import choose_names
+from hyperprior.data.shards import open_sources
 from hyperprior.terminal import Terminal
 
 
@@ -220,7 +223,52 @@ def test_pack_writes_equal_shards_that_webdataset_reads(hyperprior: Command, tmp
         assert len(tar.getmembers()) == 4
     from hyperprior import images
 
-    assert images.decode(kept["a_b"]["png"]).shape == (100, 150, 3)
+    assert images.decode(kept["a"]["b.png"]).shape == (100, 150, 3) and "jpg" in kept["a_b"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset does not close its file
+def test_packing_changes_no_split_and_keeps_a_mask_with_its_photograph(hyperprior: Command, tmp_path: Path) -> None:
+    """1,100 small images: a folder with more than 1,000 is read in interleaved parts."""
+    (tmp_path / "dir" / "v1.0").mkdir(parents=True)
+    picture = encoded(photo(1, 4, 4), "PNG")
+    for i in range(550):
+        for suffix in (".png", ".seg.png"):
+            (tmp_path / "dir" / "v1.0" / f"{i:04d}{suffix}").write_bytes(picture)
+    said = hyperprior("pack", "dir", "--out", "out", "--images-per-shard", "500").stdout
+    assert "1,100 images in 3 shards" in said and "550 keys have several images" in said
+    packed = [sample.key for shard in open_sources([str(tmp_path / "out")], "x") for sample in shard.samples()]
+    keys = [sample.key for shard in open_sources([str(tmp_path / "dir")], "x") for sample in shard.samples()]
+    assert sorted(packed) == sorted(keys)
+    import webdataset
+
+    samples = list(webdataset.WebDataset(sorted(map(str, (tmp_path / "out").glob("*.tar"))), shardshuffle=False))
+    assert len(samples) == 550 and all({"png", "seg.png"} < sample.keys() for sample in samples)
+
+
+def test_names_of_packed_images_are_distinct_and_keep_their_groups() -> None:
+    keys = [("a", "x/0"), ("a", "x/0.seg"), ("b", "x/0"), ("b", "x/0.seg"), ("b", "x/0"), ("b", "x/0_1"), ("c", ".h.1")]
+    names = choose_names(keys)
+    assert names == ["x/0", "x/0.seg", "x/0_1", "x/0_1.seg", "x/0_1.1", "x/0_1_1", "_h.1"]
+    assert [group_of(name) for name in names] == [*["x/0"] * 2, *["x/0_1"] * 3, "x/0_1_1", "_h"]
+
+
+def test_packing_into_its_own_source_is_refused_before_anything_is_written(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path
+) -> None:
+    (tmp_path / "photos" / "inner").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    photo(1).save(tmp_path / "photos" / "inner" / "a.png")
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "alias").symlink_to(tmp_path / "photos")
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("photos", "photos/new/deep", "photos/inner", "alias", "alias/inner", "elsewhere", "elsewhere/new"):
+        error = hyperprior("pack", "photos", "--out", out, check=2).stderr
+        assert f"--out {out} is a part of the source photos" in error
+    for out in (".", "photos/.."):
+        assert "or holds it" in hyperprior("pack", flat_tar, "--out", out, check=2).stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    hyperprior("pack", "photos", "--out", "photos-packed")
+    hyperprior("pack", "photos/inner", flat_tar, "--out", "photos/packed")
 
 
 def test_pack_continues_where_it_stopped_and_refuses_other_options(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +19,7 @@ from PIL import Image
 
 from hyperprior import images, storage
 from hyperprior.data import shards, stream, tars
+from hyperprior.data.lanes import group_of
 from hyperprior.data.shards import Sample, Shard
 from hyperprior.draws import draw
 from hyperprior.errors import ConfigError, DataError
@@ -50,33 +54,57 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
 
     Images that cannot be used are left out, and a warning names each. A shard is complete or absent. Existing shards
     are not written again, so an interrupted call can be repeated. Raises ConfigError if the directory is from a
-    different call. Dots in keys become `_`, because WebDataset readers take the text after a dot for an extension.
+    different call, or part of a source. Keys stay as they are where they are distinct (see `choose_names`), so packing
+    changes no split.
     """
     if options.encode not in (None, "jpeg", "png"):
         raise ConfigError(f"--encode is {options.encode!r}; allowed are jpeg and png")
+    check_out(sources, out)
     opened = shards.open_sources(sources, "source", allow_pipe=allow_pipe)
+    # A directory that was cut into interleaved parts is packed in its own order: a photograph stays beside its mask.
+    opened = [dataclasses.replace(shard, parts=1) for shard in opened if shard.part == 0]
     with storage.lock_directory(out), terminal.waiting() as wait_for:
         samples = []
         for shard in opened:
             wait_for(shard.name)
-            samples += [(sample.key, find_size(sample)) for sample in shard.samples()]
-        plan = json.dumps({"samples": f"{draw(samples):016x}", "options": options._asdict()})
+            samples += [(sample.shard, sample.key, find_size(sample)) for sample in shard.samples()]
+        names = choose_names([(shard, key) for shard, key, _ in samples])
+        described = [(*key.split(".", 1), size) for _, key, size in samples]
+        plan = json.dumps({"samples": f"{draw(described):016x}", "options": options._asdict()})
         plan_file = out / "pack.json"
         if plan_file.exists() and plan_file.read_text() != plan:
             raise ConfigError(f"{out} holds shards of other sources or options; choose another --out")
         if not plan_file.exists() and any(out.glob("*.tar")):
             raise ConfigError(f"{out} holds tars already; choose another --out")
         storage.write_text(plan_file, plan)
-        paths = write_shards(opened, len(samples), out, options, terminal, wait_for)
+        paths = write_shards(opened, names, out, options, terminal, wait_for)
     if not paths:
         raise DataError(f"none of the {len(samples)} images can be packed; the warnings say why")
     count = sum(len(tars.list_members(str(path), 0, path.stat().st_size, str(path))) for path in paths)
     left_out = len(samples) - count
+    if several := sum(number > 1 for number in Counter(map(group_of, names)).values()):
+        terminal.say(f"{several:,} keys have several images; WebDataset's readers see those of one key as one sample")
     terminal.tell({"shards": [str(path) for path in paths], "images": count, "left_out": left_out})
     terminal.say(
         f"{count:,} images in {len(paths):,} shards below {out}" + (f", {left_out:,} left out" if left_out else "")
     )
     return paths
+
+
+def check_out(sources: Sequence[str], out: Path) -> None:
+    """Raises ConfigError if `out` is a part of a source, or the folder of a tar that is a source, also behind links."""
+    real = Path(os.path.realpath(out))
+    for source in sources:
+        local = [location for location in shards.expand_braces(source) if not shards.is_remote(location)]
+        for path in (Path(location).expanduser() for location in local):
+            is_inside = tars.is_tar(path.name) and path.is_file() and Path(os.path.realpath(path)).parent == real
+            if path.is_dir():
+                folders = {Path(os.path.realpath(folder)) for folder, _ in shards.walk(path)}
+                is_inside = not folders.isdisjoint((real, *real.parents))
+            if is_inside:
+                raise ConfigError(
+                    f"--out {out} is a part of the source {source}, or holds it; choose another directory"
+                )
 
 
 def find_size(sample: Sample) -> int:
@@ -88,16 +116,21 @@ def find_size(sample: Sample) -> int:
 
 
 def write_shards(
-    opened: list[Shard], total: int, out: Path, options: Options, terminal: Terminal, wait_for: Callable[[str], None]
+    opened: list[Shard],
+    names: list[str],
+    out: Path,
+    options: Options,
+    terminal: Terminal,
+    wait_for: Callable[[str], None],
 ) -> list[Path]:
-    """Packs `total` samples, and returns the paths of all shards, new and old."""
+    """Packs all samples under `names`, and returns the paths of all shards, new and old."""
     paths: list[Path] = []
-    keys: set[str] = set()
+    total = len(names)
     samples = (sample for shard in opened for sample in shard.samples())
     with terminal.track("packing", total) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, total, options.images_per_shard):
-            group = [next(samples) for _ in range(min(options.images_per_shard, total - first))]
-            named = [(sample, make_unique_key(sample.key, keys)) for sample in group]
+            group = names[first : first + options.images_per_shard]
+            named = [(next(samples), name) for name in group]
             path = out / f"shards-{first // options.images_per_shard:06d}.tar"
             if not path.exists():
                 results: list[Union[Packed, LeftOut]] = []
@@ -127,13 +160,30 @@ def write_shard(path: Path, packed: Sequence[Packed]) -> None:
         storage.write_whole(path, write)
 
 
-def make_unique_key(key: str, taken: set[str]) -> str:
-    key = key.replace(".", "_")
-    name, count = key, 1
-    while name in taken:
-        name, count = f"{key}_{count}", count + 1
-    taken.add(name)
-    return name
+def choose_names(keys: Sequence[tuple[str, str]]) -> list[str]:
+    """The name in the packed shards of each (shard, key), without its extension: the key, made unique.
+
+    The key up to the first dot is WebDataset's key, and decides the split. It stays common to images that share it in a
+    shard, such as a photograph `0` and its mask `0.seg`. In another shard it is another key, and gets a number.
+    """
+    groups: dict[tuple[str, str], str] = {}
+    taken_groups, taken = set[str](), set[str]()
+    names = []
+    for shard, key in keys:
+        key = re.sub(r"(^|/)\.+([^/]*)$", r"\1_\2", key)  # WebDataset drops names that begin with a dot
+        group = group_of(key)
+        if (shard, group) not in groups:
+            groups[shard, group] = make_unique(group, "_", taken_groups)
+        names.append(make_unique(groups[shard, group] + key[len(group) :], ".", taken))
+    return names
+
+
+def make_unique(name: str, separator: str, taken: set[str]) -> str:
+    unique, count = name, 1
+    while unique in taken:
+        unique, count = f"{name}{separator}{count}", count + 1
+    taken.add(unique)
+    return unique
 
 
 def prepare_sample(sample: Sample, key: str, options: Options) -> Union[Packed, LeftOut]:

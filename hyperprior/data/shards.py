@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
@@ -156,6 +156,11 @@ def expand_braces(source: str) -> list[str]:
         ) from error
 
 
+def is_remote(location: str) -> bool:
+    """Whether webdataset opens this location, a URL or the output of a command."""
+    return "://" in location or location.lower().startswith("pipe:")
+
+
 def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
     """The shards of a tar, image, directory or URL. Raises as `open_sources` does."""
     is_pipe = location.lower().startswith("pipe:")
@@ -164,7 +169,7 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
             f"{key}: {hide_secrets(location)} would run a shell command; set data.allow_pipe=true (--allow-pipe) to "
             f"allow it"
         )
-    if is_pipe or "://" in location:
+    if is_remote(location):
         return [Shard("url", location, hide_secrets(location))]
     path = Path(location).expanduser()
     try:
@@ -199,14 +204,7 @@ def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
         raise DataError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
 
     images, inner_tars = [], []
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(path, onerror=raise_unreadable, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder that was visited
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
+    for folder, files in walk(path, raise_unreadable):
         for file in files:
             if is_tar(file):
                 inner_tars.append(str(Path(folder, file)))
@@ -219,6 +217,19 @@ def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
         listing = Shard("files", str(path), str(path), files=tuple(sorted(images)))
         shards += listing.split(-(-len(images) // FILES_PER_PART))
     return shards
+
+
+def walk(path: Path, on_error: Optional[Callable[[OSError], object]] = None) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of a directory and all folders below it, also behind links, each once."""
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(path, onerror=on_error, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder that was visited
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        yield folder, files
 
 
 def make_compressed_error(key: str, path: Path) -> DataError:
