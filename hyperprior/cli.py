@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -504,6 +505,7 @@ def main() -> None:
     # TensorFlow's errors reach Python as exceptions. Its other messages at the start are noise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # they name no image; `images.decode_photo` catches them
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the default would leave half-written files
         signal.signal(signal.SIGTERM, end_on_signal)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

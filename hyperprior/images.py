@@ -80,10 +80,18 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def decode_photo(data: bytes) -> tuple[np.ndarray, list[str]]:
-    """The whole image, and notes on dropped information. Raises Unusable.
+    """The whole image, and notes on dropped information and on Pillow's warnings. Raises Unusable.
 
     The image may have any format. It is turned upright by its EXIF tag: [H, W, 3] uint8.
     """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pixels, notes = _decode_photo(data)
+    texts = (" ".join(str(warning.message).split()) for warning in caught)
+    return pixels, notes + [f"Pillow warns: {text}" for text in dict.fromkeys(texts)]
+
+
+def _decode_photo(data: bytes) -> tuple[np.ndarray, list[str]]:
     image = open_image(data, formats=None)
     notes = []
     if has_transparency(image):

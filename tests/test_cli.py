@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -325,6 +326,29 @@ def test_only_regular_files_are_read(hyperprior: Command, tmp_path: Path, empty_
     assert report["images"] == 5 and [name.split(": ")[1] for name, _ in report["unusable"]] == ["zz"]
     assert "4 images in 1 shards" in hyperprior("pack", "d", "--out", "shards").stdout
     assert "neither a regular file nor a directory" in hyperprior("inspect", "zz.tar", check=3).stderr
+
+
+def test_warnings_of_pillow_are_notes_on_their_image_or_not_shown(
+    hyperprior: Command, tmp_path: Path, empty_config: Path
+) -> None:
+    (tmp_path / "d").mkdir()
+    broken_exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00\x12\x01"  # five tags, of which nothing follows
+    photo(1, 64, 64).save(tmp_path / "d" / "a.jpg", exif=broken_exif)
+    tiff = encoded(photo(2, 64, 64), "TIFF", tiffinfo={296: 2})
+    one, two = (struct.pack("<HHI", 296, 3, count) for count in (1, 2))  # the resolution's unit, twice
+    assert tiff.count(one) == 1
+    (tmp_path / "d" / "b.tif").write_bytes(tiff.replace(one, two))
+    photo(3, 64, 64).save(tmp_path / "d" / "c.png")
+    done = hyperprior("compress", "d", "-o", "out")
+    assert done.stderr == "" and done.stdout.count("note: Pillow warns: ") == 2
+    lines = done.stdout.splitlines()
+    for name, text in (("a.jpg", "Corrupt EXIF data"), ("b.tif", "Metadata Warning, tag 296 had too many entries")):
+        (place,) = [number for number, line in enumerate(lines) if line.startswith(f"d/{name}")]
+        assert lines[place + 1].startswith(f"  note: Pillow warns: {text}")
+    words = [*TINY, "data.train=[d]", "train.batch_size=2", "train.steps=1", "train.validate_every=null"]
+    for command in (["inspect", "d"], ["pack", "d", "--out", "p"], ["train", empty_config, *words, "--run", "r"]):
+        assert hyperprior(*command).stderr == ""
+    hyperprior("evaluate", "q1", "--images", "d", "--out", "e", "--baselines", "none")
 
 
 def test_a_wait_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
