@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import faulty
 import pytest
 
 SECONDS = 900  # a hang
@@ -22,10 +24,11 @@ SERVER.set_forkserver_preload(
 )
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs `hyperprior ARGUMENTS` in `folder`. The result is like that of `subprocess.run`."""
+def run(arguments: list[str], folder: Path, faults: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs `hyperprior ARGUMENTS` in `folder`, with `faults` of faulty.py. The result is like `subprocess.run`'s."""
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as error:
-        process = SERVER.Process(target=command, args=(arguments, folder, dict(os.environ), out.name, error.name))
+        task = (arguments, folder, dict(os.environ), out.name, error.name, faults)
+        process = SERVER.Process(target=command, args=task)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(ONEDNN, "1")  # for the server, which starts with the first process
             process.start()
@@ -36,7 +39,9 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read().decode(), error.read().decode())
 
 
-def command(arguments: list[str], folder: Path, environment: dict[str, str], out: str, error: str) -> None:
+def command(
+    arguments: list[str], folder: Path, environment: dict[str, str], out: str, error: str, faults: Sequence[str]
+) -> None:
     for stream, name in ((1, out), (2, error)):
         os.dup2(os.open(name, os.O_WRONLY), stream)
     os.chdir(folder)
@@ -46,4 +51,5 @@ def command(arguments: list[str], folder: Path, environment: dict[str, str], out
     sys.argv = ["hyperprior", *arguments]
     from hyperprior import cli
 
+    faulty.apply(faults)
     cli.main()

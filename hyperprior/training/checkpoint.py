@@ -26,8 +26,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in `folder`, in ascending order. Other files, such as copies, are not counted."""
-    names = {path.name for path in folder.glob("step-*.npz")}
+    """The steps of the checkpoints in `folder`, in ascending order. Copies, folders and so on are not counted."""
+    names = {path.name for path in folder.glob("step-*.npz") if path.is_file()}
     numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]+)\.npz", name))]
     return sorted(step for step in numbers if path_of(folder, step).name in names)
 

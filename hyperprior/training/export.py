@@ -60,7 +60,7 @@ def export(run: Path, out: Optional[Path], terminal: Terminal, force: bool = Fal
     if out.is_symlink() or not out.name:
         out = out.resolve()
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(CONTENTS)):
-        raise ConfigError(f"{out} exists and holds more than an exported model; choose another --out")
+        raise ConfigError(f"{out} holds more than an exported model; move the rest away, or choose another --out")
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = storage.fingerprint(trained.arrays)
     operations = native.load_operations()

@@ -62,17 +62,19 @@ class Summaries:
     def _rewind(self, step: int) -> None:
         """Removes from metrics.jsonl all that an interrupted run wrote after the checkpoint from which it resumes."""
         if self.metrics.exists():
-            kept = []
-            for line in self.metrics.read_text().splitlines():
+            lines, kept, damaged = self.metrics.read_bytes().splitlines(), [], set()
+            for number, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
+                    if row["kind"] == "skipped" and row["step"] <= step:
+                        self.skipped.add(row["sample"])
                     if row["step"] <= step:
-                        kept.append(line + "\n")
-                        if row["kind"] == "skipped":
-                            self.skipped.add(row["sample"])
-                except ValueError:
-                    continue  # a kill or a full disk cut off this line
-            storage.write_text(self.metrics, "".join(kept))
+                        kept.append(line + b"\n")
+                except (ValueError, KeyError, TypeError):
+                    damaged.add(number)
+            if damaged := damaged - {len(lines)}:  # a kill may cut off the last line
+                self.warn(f"{self.metrics}: {len(damaged)} damaged lines are left out from now on")
+            storage.write_bytes(self.metrics, b"".join(kept))
 
     def _open(self, split: str, step: int) -> None:
         writer = EventFileWriter(str(self.run / split))

@@ -61,6 +61,8 @@ def test_only_names_that_a_run_writes_are_read_counted_and_deleted(tmp_path: Pat
     others += ["step-30.npz", "step-0000000030.npz", "step-+00000030.npz", "step-٠٠٠٠٠٠٠٣٠.npz", "Step-000000030.npz"]
     for name in others:
         (tmp_path / name).write_bytes(whole)
+    others += ["step-000000040.npz"]
+    (tmp_path / others[-1]).mkdir()
     assert checkpoint.steps_in(tmp_path) == [5, 10, 15, 20]
     loaded = checkpoint.load_newest(tmp_path, pytest.fail)
     assert loaded is not None and loaded[1]["step"] == 20
