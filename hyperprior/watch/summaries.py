@@ -73,7 +73,7 @@ class Summaries:
                 except (ValueError, KeyError, TypeError):
                     damaged.add(number)
             if damaged := damaged - {len(lines)}:  # a kill may cut off the last line
-                self.warn(f"{self.metrics}: {len(damaged)} damaged lines are left out from now on")
+                self.warn(f"{self.metrics}: damaged lines that are left out from now on: {len(damaged)}")
             storage.write_bytes(self.metrics, b"".join(kept))
 
     def _open(self, split: str, step: int) -> None:
