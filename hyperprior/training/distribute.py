@@ -36,6 +36,7 @@ INSTRUCTION_SETS = re.compile("sse4|avx|amx|fma|f16c|asimd|sve|sme(?!p)|bf16|i8m
 ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # variables that oneDNN reads
 TF_CONFIG_KEYS = {"cluster", "task", "environment", "rpc_layer", "job"}  # TensorFlow's, and `job` of Google's clouds
 
+CALLED_AFTER = 5  # seconds that a worker which has reached all others waits for their calls
 JOINED_AFTER = 45  # seconds that workers which have met may take until all have joined TensorFlow's cluster
 
 
@@ -230,9 +231,11 @@ def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[
     """Waits until every worker of `cluster` answers at its address. Raises LostWorker with those that do not.
 
     TensorFlow would wait for an hour, and name none. Until TensorFlow opens this worker's port, a socket here answers
-    on it. So an answer means that the worker has reached this point.
+    on it. So an answer means that the worker has reached this point. A worker stays until all have called it, too:
+    none is then left behind that waits for one that has met it and died.
     """
     began = time.monotonic()
+    deadline, calls = began + seconds, 0
     told = LATE
     missing = dict(enumerate(cluster))
 
@@ -244,6 +247,7 @@ def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[
         try:
             listener.bind(("", int(cluster[own].rpartition(":")[2])))
             listener.listen(len(cluster))
+            listener.setblocking(False)
         except (OSError, ValueError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise Stopped(f"this worker cannot listen at {cluster[own]}, {IN_USE}") from error
@@ -251,9 +255,15 @@ def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[
                 f"TF_CONFIG gives this worker the address {cluster[own]}, but it cannot listen there: {error}; "
                 f"give it HOST:PORT with a free port"
             ) from error
-        while missing and time.monotonic() < began + seconds:
-            missing = {i: address for i, address in missing.items() if not is_reachable(address)}
+        while (missing or calls < len(cluster)) and time.monotonic() < deadline:
             if missing:
+                missing = {i: address for i, address in missing.items() if not is_reachable(address)}
+                deadline = deadline if missing else min(deadline, time.monotonic() + CALLED_AFTER)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    listener.accept()[0].close()
+                    calls += 1
+            if missing or calls < len(cluster):
                 time.sleep(0.2)
             if missing and time.monotonic() - began > told:
                 warn(f"waiting for {describe_missing()} since {told} s, for {seconds} s at most")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from workers import ROOT
+from workers import ROOT, addresses
 
 from hyperprior import config
 from hyperprior.data.lanes import ALL
@@ -142,6 +142,27 @@ def test_a_resume_on_other_hardware_warns_once_and_an_old_checkpoint_does_not(tm
         terminal: Any = SimpleNamespace(warn=warnings.append, say=pytest.fail)
         resume.check(tmp_path, saved, settings, splits, before, terminal)
         assert len(warnings) == len(expected) and all(map(str.startswith, warnings, expected)), warnings
+
+
+def test_a_worker_stays_until_all_have_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, met = addresses(2), list[int]()
+    original = distribute.is_reachable
+
+    def call(address: str) -> bool:
+        time.sleep(threading.current_thread().name == "0")  # the other worker reaches this one before it is called
+        return original(address)
+
+    def meet(own: int) -> None:
+        distribute.wait_for_workers(cluster, own, 8, pytest.fail)
+        met.append(own)
+
+    monkeypatch.setattr(distribute, "is_reachable", call)
+    threads = [threading.Thread(target=meet, args=(own,), name=str(own)) for own in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(met) == [0, 1]
 
 
 def test_workers_go_around_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

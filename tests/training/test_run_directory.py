@@ -313,7 +313,7 @@ def test_damaged_lines_of_the_log_are_left_out_and_the_rest_stays(tmp_path: Path
     report.close()
     row = b'{"kind": "val", "step": 6, "loss": 2.0}'
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == [*lines[:3], row]
-    assert len(warnings) == 1 and "metrics.jsonl: 7 damaged lines are left out" in warnings[0]
+    assert len(warnings) == 1 and "metrics.jsonl: damaged lines that are left out from now on: 7" in warnings[0]
 
 
 @pytest.mark.slow
