@@ -155,19 +155,20 @@ class RunDirectory(RuleBasedStateMachine):
 
     # Other commands ---------------------------------------------------------------------------------------
 
-    @rule()
+    @rule(command=st.sampled_from(["export", "evaluate", "look"]))
+    def use(self, command: str) -> None:
+        getattr(self, command)()
+
     def export(self) -> None:
         result = self.command(["export", "r"])
         refuses = not self.intact_steps() or self.user_file_in_model()
         assert result.returncode == (2 if refuses else 0), result.stderr
 
-    @rule()
     def evaluate(self) -> None:
         has_model = (self.run / "model" / "model.npz").is_file()
         words = ["evaluate", "r", "--images", "../photos", "--out", "out", "--baselines", "none", "--engine", "numpy"]
         assert self.command(words).returncode == (0 if has_model else 2)
 
-    @rule()
     def look(self) -> None:
         has_config = (self.run / "config.yaml").is_file() and (self.run / "lock").exists()
         code = self.command(["runs", "."]).returncode
@@ -264,7 +265,7 @@ def rows_of(whole: Path) -> list[dict[str, Any]]:
 
 
 def explore(folder: Path, examples: int, rules: int) -> Counter[str]:
-    """Runs `examples` sequences of at most `rules` rules. Returns how often each command ran."""
+    """Runs `examples` sequences of at most `rules` rules. Prints and returns how often each command ran."""
     (folder / "empty.yaml").write_text("seed: 0\n")
     (folder / "photos").mkdir()
     photo(1).save(folder / "photos" / "a.png")
