@@ -105,7 +105,7 @@ def train(
     result = loop.train(settings, folder, terminal)
     if result is None:  # only the chief exports
         return
-    exporting.export(folder, None, terminal)
+    exporting.export(folder, None, terminal, data=settings.data)
     for line in progress.describe_result(result, folder):
         terminal.say(line)
     terminal.tell({"run": str(folder), **result})

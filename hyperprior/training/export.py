@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ import tensorflow as tf
 from hyperprior import __version__, storage
 from hyperprior.codec import box, codec, making, native, serving
 from hyperprior.codec.codec import Codec
-from hyperprior.config import to_model_tree
-from hyperprior.data import splits, stream
+from hyperprior.config import SOURCES, Data, to_model_tree
+from hyperprior.data import shards, splits, stream
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.model.hyperprior import ScaleHyperprior, pad
 from hyperprior.storage import Arrays, TrainedWeights
@@ -33,6 +34,8 @@ from hyperprior.training import checkpoint
 
 CONTENTS = (box.WEIGHTS, "model.json", "saved_model")
 COST_IMAGES = 8
+NOT_KEPT = "; a run keeps no query, password or header of its sources, so only `train` can measure the cost with them"
+HIDDEN = re.compile(r"[\s=]\.\.\.(\s|$)")  # what `hide_secrets` leaves in a command
 
 
 class Exported(NamedTuple):
@@ -43,8 +46,12 @@ class Exported(NamedTuple):
     description: dict[str, Any]
 
 
-def export(run: Path, out: Optional[Path], terminal: Terminal, force: bool = False) -> dict[str, Any]:
+def export(
+    run: Path, out: Optional[Path], terminal: Terminal, force: bool = False, data: Optional[Data] = None
+) -> dict[str, Any]:
     """Writes the model directory of a run, by default RUN/model. Returns its path, fingerprint, step and so on.
+
+    `data`: the run's settings with the secrets of its sources, which a run does not keep.
 
     If `out` ends in .npz, writes one compressed file instead, half as large, with float16 weights and nothing for
     serving. Does nothing if `out` already is this run's export.
@@ -62,6 +69,8 @@ def export(run: Path, out: Optional[Path], terminal: Terminal, force: bool = Fal
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(CONTENTS)):
         raise ConfigError(f"{out} holds more than an exported model; move the rest away, or choose another --out")
     trained = checkpoint.best_weights(run, terminal.warn)
+    if data:
+        trained = dataclasses.replace(trained, settings=trained.settings.model_copy(update={"data": data}))
     weights = storage.fingerprint(trained.arrays)
     operations = native.load_operations()
     with contextlib.suppress(ConfigError, DataError):
@@ -195,7 +204,8 @@ def measure_cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
             exact_estimate += made.estimated_bits(file)
             real += 8 * len(file)
     except DataError as error:
-        return {"images": 0, "reason": str(error)}
+        remote = any(shards.is_remote(source) for name in SOURCES for source in getattr(made.config.data, name))
+        return {"images": 0, "reason": str(error) + NOT_KEPT * remote}
     values = {"bpp_float": estimate, "bpp_exact": exact_estimate, "bpp_file": real}
     return {"images": len(images), **{name: bits / pixels for name, bits in values.items()}}
 
@@ -203,6 +213,9 @@ def measure_cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
 def load_held_out_images(made: Codec) -> list[np.ndarray]:
     """Loads the first COST_IMAGES usable images of the run's val or test split, [H, W, 3] uint8. Raises DataError."""
     data = made.config.data
+    for source in (source for name in SOURCES for source in getattr(data, name)):
+        if source.lower().startswith("pipe:") and HIDDEN.search(source):
+            raise DataError(f"{source} lacks a part")  # the rest could be another command
     opened = splits.open_splits(data, made.config.train.batch_size, count=False)
     split = opened.val if opened.val.images else opened.test
     images: list[np.ndarray] = []

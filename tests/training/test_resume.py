@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import math
+import threading
 import zipfile
 from pathlib import Path
 
@@ -90,6 +92,30 @@ def test_a_url_signed_anew_is_the_same_data_and_its_secrets_are_stored_nowhere(
     config = json.loads((tmp_path / "m" / "model.json").read_text())["config"]
     assert set(config["data"]) == {"patch_size", "eval_crop", "val_split", "test_split", "allow_pipe"}  # what was set
     assert {"num_filters", "num_scales"} <= config["model"].keys() and "summaries" in config
+
+
+def test_the_cost_of_exactness_is_measured_with_the_secrets_of_the_sources_or_says_what_is_missing(
+    hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
+) -> None:
+    class Guarded(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if "key=SECRET" in self.path else 403)
+            self.end_headers()
+            self.wfile.write(flat_tar.read_bytes() if "key=SECRET" in self.path else b"")
+
+        def log_message(self, *args: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.tar?key=SECRET"
+        for run, source in (("url", url), ("pipe", f"pipe:cat {flat_tar} # --token=SECRET")):
+            words = [*TINY, f"data.train=[{flat_tar}]", f"data.val=['{source}']", "data.allow_pipe=true"]
+            trained = hyperprior("train", empty_config, *words, "train.steps=1", "--run", run).stdout
+            assert "integer h_s costs" in trained
+            exported = hyperprior("export", run, "--out", f"{run}-model").stdout
+            assert "was not measured: " in exported and "a run keeps no query, password or header" in exported
+            assert "SECRET" not in exported and ("lacks a part" in exported) == (run == "pipe")
+        server.shutdown()
 
 
 def test_a_validation_without_images_is_never_the_best() -> None:
