@@ -31,7 +31,7 @@ STEPS = 12
 KEPT = 3
 SPEEDS = {"images_per_s", "input_wait", "all_reduce"}
 TRAIN_KEYS = {"loss", "bpp", "bpp_y", "bpp_z", "distortion", "psnr_db", "gradient_norm", "learning_rate"}
-DEVIATES = "the weights will not be bit-identical"
+DEVIATES = "the weights may not be bit-identical"
 NOTE = b"a note of the user"
 OURS = ["newest", "oldest", "all", "best.npz", "metrics.jsonl", "config.yaml"]
 
