@@ -21,7 +21,9 @@ from hyperprior.errors import ConfigError, DataError, HyperpriorError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a config of the package, such as photos.")
+]
 Overrides = Annotated[
     Optional[list[str]], typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace those of CONFIG.")
 ]
@@ -76,7 +78,7 @@ def train(
     config: Annotated[
         Optional[Path],
         typer.Argument(
-            metavar="[CONFIG]", help="A YAML file, such as configs/quickstart.yaml. Default: that of --run."
+            metavar="[CONFIG]", help="A YAML file, or the name of a config of the package. Default: that of --run."
         ),
     ] = None,
     overrides: Overrides = None,
@@ -102,7 +104,7 @@ def train(
     from hyperprior.training import export as exporting
     from hyperprior.training import loop, progress
 
-    result = loop.train(settings, folder, terminal)
+    result = loop.train(settings, folder, terminal, owns_process=True)
     if result is None:  # only the chief exports
         return
     exporting.export(folder, None, terminal, data=settings.data)

@@ -119,6 +119,9 @@ def expand(text: str) -> list[str]:
         ("data.train=[a.tar,b.tar] data.train=c.tar data.train=[d.tar]", ["a.tar", "b.tar", "c.tar", "d.tar"]),
         ("data.train=a.tar seed=1 data.train=[b.tar]", ["b.tar"]),  # as when a user's word follows those of a script
         ("data.train=a.tar data.train=[] data.train=b.tar", ["b.tar"]),
+        ("data.train={a,b}.tar seed=1 data.train=c.tar", ["c.tar"]),  # added to a command, it replaces
+        ("""data.train=b.tar 'data.train="a.tar"'""", ["a.tar"]),
+        ("data.train=[a.tar] seed=1 data.train=[b.tar]", ["b.tar"]),
     ],
 )
 def test_sources_are_read_as_a_shell_gives_them(words: str, expected: list[str], tmp_path: Path) -> None:

@@ -23,3 +23,42 @@ It uses data, model, codec, reference and watch. It does not use evaluation.
 
 .. include:: README.md
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+if TYPE_CHECKING:
+    from hyperprior.config import Config
+
+
+def train(
+    config: Union[Config, str, Path], run: Union[str, Path], overrides: Sequence[str] = (), *, quiet: bool = False
+) -> Optional[dict[str, Any]]:
+    """Trains in the directory `run`, or resumes the run there, and exports its model to `run`/model.
+
+    `config`: a Config, a YAML file, or the name of a config of the package, such as "photos"; `overrides` such as
+    "train.steps=1000" replace its values. `quiet`: print only warnings. Returns the content of `run`/results.json: the
+    metrics of the best weights on held-out images. Workers that are not the chief return None.
+
+    Raises the errors of hyperprior.errors, whose `exit_code` is that of `hyperprior train`. Ctrl-C and SIGTERM during
+    the training raise Stopped after the current step and a checkpoint; the same call then continues. This needs the
+    main thread: in another one, signals keep their meaning.
+    """
+    from hyperprior import stack  # `import hyperprior` stays fast
+    from hyperprior.config import load_config
+    from hyperprior.errors import ConfigError
+    from hyperprior.terminal import Terminal
+
+    if "://" in str(run):
+        raise ConfigError(f"run is {str(run).partition('?')[0]}; it must be a local directory")
+    settings, folder, terminal = load_config(config, overrides), Path(run), Terminal(quiet)
+    stack.start_tensorflow(settings.train.precision)
+    from hyperprior.training import export, loop
+
+    result = loop.train(settings, folder, terminal)
+    if result is not None:
+        export.export(folder, None, terminal)
+    return result

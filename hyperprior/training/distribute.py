@@ -41,23 +41,30 @@ JOINED_AFTER = 45  # seconds that workers which have met may take until all have
 
 
 class World:
-    """The `strategy`, and all values that follow from it. A process makes one before any other use of TensorFlow."""
+    """The `strategy`, and all values that follow from it. A command makes one before any other use of TensorFlow."""
 
     def __init__(self, settings: config.Distribute, batch_size: int, warn: Callable[[str], None] = print):
         cluster, self.worker = read_tf_config()
         self.workers = max(len(cluster), 1)
-        if settings.intra_op_threads:
-            tf.config.threading.set_intra_op_parallelism_threads(settings.intra_op_threads)
         gpus = tf.config.list_physical_devices("GPU")
-        if settings.cpu_devices:
-            tf.config.set_visible_devices([], "GPU")
-            gpus = []
-            cpu = tf.config.list_physical_devices("CPU")[0]
-            tf.config.set_logical_device_configuration(
-                cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(settings.cpu_devices)]
-            )
+        try:
+            if settings.intra_op_threads:
+                tf.config.threading.set_intra_op_parallelism_threads(settings.intra_op_threads)
+            if settings.cpu_devices:
+                tf.config.set_visible_devices([], "GPU")
+                gpus = []
+                cpu = tf.config.list_physical_devices("CPU")[0]
+                tf.config.set_logical_device_configuration(
+                    cpu, [tf.config.LogicalDeviceConfiguration() for _ in range(settings.cpu_devices)]
+                )
+        except RuntimeError as error:
+            raise ConfigError(
+                "TensorFlow is already in use in this process, so distribute.cpu_devices and intra_op_threads cannot "
+                "change; train in another process"
+            ) from error
         for gpu in gpus:
-            tf.config.experimental.set_memory_growth(gpu, True)
+            with contextlib.suppress(RuntimeError):  # GPUs in use keep their setting
+                tf.config.experimental.set_memory_growth(gpu, True)
         if gpus and settings.deterministic:
             tf.config.experimental.enable_op_determinism()
         self.device_kind = "GPU" if gpus else "CPU"

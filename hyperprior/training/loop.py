@@ -39,15 +39,16 @@ from hyperprior.watch.pictures import Pictures
 CONFIG_HEAD = "# hyperprior "  # the first words of a config.yaml that a run wrote
 
 
-def train(settings: Config, run: Path, terminal: Terminal) -> Optional[dict[str, Any]]:
+def train(settings: Config, run: Path, terminal: Terminal, owns_process: bool = False) -> Optional[dict[str, Any]]:
     """Trains in the directory `run`, or resumes the run there. Returns the test result (results.json).
 
+    `owns_process`: a signal before the first step ends this process, as a command should.
     Workers that are not the chief return None.
 
     Raises ConfigError, DataError, DivergedError, StorageError, LostWorker, or Stopped after a stop request. The run's
     last checkpoint is then complete. All workers raise the same error, except a lost one.
     """
-    with StopRequest() as stop, contextlib.ExitStack() as resources, distribute.name_lost_workers():
+    with StopRequest(owns_process) as stop, contextlib.ExitStack() as resources, distribute.name_lost_workers():
         world = World(settings.distribute, settings.train.batch_size, terminal.warn)
         stop.install()
         if not world.is_chief:
@@ -160,7 +161,7 @@ class Trainer:
             *(self.world, self.splits.train, self.settings, self.timetable),
             *(state.cursors, state.step, self.stop, self.terminal),
         )
-        self.stop.in_loop = True
+        self.stop.begin_loop()
         progress.restart_clock()
         with contextlib.closing(feed), Calls(self.train_steps, self.stop, state.failed) as calls:
             stopped = False

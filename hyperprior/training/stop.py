@@ -6,46 +6,61 @@ import signal
 import socket
 import threading
 from types import FrameType
-from typing import Optional
+from typing import Any, Optional
 
 import tensorflow as tf
 
 from hyperprior.errors import HyperpriorError, Stopped
 from hyperprior.terminal import exit_soon
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopRequest:
     """SIGTERM and Ctrl-C ask the run to stop after the current step. A second Ctrl-C stops it at once.
 
-    Before the loop begins there is nothing to save, so the first signal stops the run at once. Python runs a signal
-    handler only between two calls into TensorFlow. So a thread receives the signal too and sets `flag`, which every
-    step reads.
+    Before the loop begins there is nothing to save. If the run owns the process, as in the command, the first signal
+    then ends the process. Otherwise signals keep their earlier meaning until the loop begins. Only the main thread
+    receives signals: in another thread they keep it throughout.
+
+    Python runs a signal handler only between two calls into TensorFlow. So a thread receives the signal too and sets
+    `flag`, which every step reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owns_process: bool = False) -> None:
+        self.owns_process = owns_process
         self.requested = self.in_loop = self.interrupted = False
         self.flag: Optional[tf.Variable] = None
         self.error: Optional[HyperpriorError] = None  # the error of this worker, if an error is the reason
-        self.old_handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.old_handlers: dict[int, Any] = {}
 
     def install(self) -> None:
-        # MultiWorkerMirroredStrategy replaces the SIGTERM handler: install again after it is made.
-        for number in self.old_handlers:
-            signal.signal(number, self._handle)
+        """Handles signals as this state needs it. MultiWorkerMirroredStrategy replaces the handler of SIGTERM: call
+        this again after it is made."""
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, self._handle if self.owns_process or self.in_loop else handler)
+
+    def begin_loop(self) -> None:
+        self.in_loop = True
+        self.install()
 
     def __enter__(self) -> StopRequest:
-        self.install()
-        reader, self.writer = socket.socketpair()
-        self.writer.setblocking(False)
-        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            self.old_handlers = {n: signal.SIG_DFL if handler is None else handler for n, handler in handlers.items()}
+            self.install()
+            reader, self.writer = socket.socketpair()
+            self.writer.setblocking(False)
+            self.old_wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.set_wakeup_fd(-1)
-        self.writer.close()
+        if self.old_handlers:
+            signal.set_wakeup_fd(self.old_wakeup)
+            self.writer.close()
         for number, handler in self.old_handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, handler)
 
     def request(self, error: Optional[HyperpriorError] = None) -> None:
         self.error = self.error or error
@@ -55,10 +70,12 @@ class StopRequest:
 
     def _listen(self, reader: socket.socket) -> None:
         with reader:
-            while reader.recv(1):
+            while number := reader.recv(1):
+                if number[0] not in SIGNALS:
+                    continue  # the program around this run handles other signals
                 if self.in_loop:
                     self.request()
-                else:
+                elif self.owns_process:
                     exit_soon(Stopped.exit_code)
 
     def _handle(self, number: int, frame: Optional[FrameType]) -> None:
