@@ -11,7 +11,7 @@ from typing import Any, Union
 
 from pydantic import ValidationError
 
-from hyperprior.config.dialect import parse_yaml
+from hyperprior.config.dialect import MAX_SHOWN, parse_yaml, show_key
 from hyperprior.config.schema import SOURCES, Config, find_section, list_fields
 from hyperprior.errors import ConfigError
 
@@ -72,9 +72,10 @@ def apply_override(tree: dict[str, Any], override: str, follows: bool) -> None:
 
     `follows`: the override before it has the same key. Then sources add up; `[]` removes them.
     """
+    shown = f"`{show_key(override)}`"
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"`{override}` is not an override; write section.key=value, as in train.steps=1000")
+        raise ConfigError(f"{shown} is not an override; write section.key=value, as in train.steps=1000")
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
@@ -83,11 +84,11 @@ def apply_override(tree: dict[str, Any], override: str, follows: bool) -> None:
         node = node[section]
         if not isinstance(node, dict):
             names = [name for name in Config.model_fields if name != "seed"]
-            raise ConfigError(f"`{override}`: `{section}` is not a section; {', '.join(names)} are")
+            raise ConfigError(f"{shown}: `{show_key(section)}` is not a section; {', '.join(names)} are")
     if text.startswith("[") and "]" not in text:
-        raise ConfigError(f"`{override}`: not valid YAML: the list does not end; in a shell write '{key}=[a, b]'")
+        raise ConfigError(f"{shown}: not valid YAML: the list does not end; in a shell write '{key}=[a, b]'")
     is_plain_source = key in SOURCE_KEYS and re.match("[^\\['\"]", text)  # it may contain any characters
-    value = [text] if is_plain_source else parse_yaml(text, f"`{override}`")
+    value = [text] if is_plain_source else parse_yaml(text, shown)
     adds = follows and key in SOURCE_KEYS and value and isinstance(value, list) and isinstance(node[leaf], list)
     node[leaf] = [*node[leaf], *value] if adds else value
     # Both keys set the length of a run, so the later one replaces the other.
@@ -106,9 +107,18 @@ def validate(tree: dict[str, Any], origin: str) -> Config:
         raise ConfigError(f"{origin}: " + "; ".join(problems)) from error
 
 
+def show_value(value: Any) -> str:
+    """A value as JSON, or as Python writes what JSON does not have; not all of it if it is long."""
+    try:
+        text = json.dumps(value)
+    except TypeError:  # bytes, sets and dates
+        text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def explain_problem(problem: Any) -> str:
     """Our text for an error of pydantic: the key, the received value and the allowed values."""
-    path = [str(part) for part in problem["loc"]]
+    path = [show_key(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         *sections, key = path
         names = [name for name, _ in list_fields(find_section(sections))]
@@ -120,8 +130,4 @@ def explain_problem(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{'.'.join(path)}: {message}" if path else message
-    try:
-        value = json.dumps(problem["input"], default=str)
-    except ValueError:
-        value = "a value that contains itself"
-    return f"`{'.'.join(path)}` is {value}: {message[0].lower()}{message[1:]}"
+    return f"`{'.'.join(path)}` is {show_value(problem['input'])}: {message[0].lower()}{message[1:]}"
