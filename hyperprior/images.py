@@ -28,8 +28,10 @@ TRAINING_FORMATS = ("PNG", "BMP", "TIFF", "JPEG")  # Pillow's names
 TRAINING_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"))
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm")
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images too, as decompression bombs
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits, not compressed
 TRANSPARENT_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
-EXIF_ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258
+LARGEST_TILE = 2**22  # pixels of a tile of a TIFF, whatever the size of the image
+EXIF_ORIENTATION, BITS_PER_SAMPLE, TILE_WIDTH, TILE_LENGTH = 0x0112, 258, 322, 323
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 PPM_WITH_MAXIMUM = (b"P2", b"P3", b"P5", b"P6")
@@ -62,6 +64,11 @@ def count_other_files(folder: Path, is_wanted: Callable[[str], bool]) -> Counter
     """The number of unwanted files below a folder, by extension. Hidden files do not count."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return Counter(path.suffix.lower() for path in files if not is_wanted(path.name))
+
+
+def describe_too_large(num_bytes: int) -> str:
+    """Why a file of more than MAX_BYTES is not read."""
+    return f"a file of {num_bytes:,} bytes; at most {MAX_BYTES:,} are read as an image"
 
 
 def describe_suffixes(counts: Counter[str]) -> str:
@@ -122,7 +129,19 @@ def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINING_FORMAT
         image.info["icc_profile"] = b"left out"
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise Unusable(f"an image of {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
+    if image.format == "TIFF":
+        check_tiles(image)
+    if image.format == "EPS":
+        raise Unusable("an EPS file, which is a program that Ghostscript would run")
     return image
+
+
+def check_tiles(image: Image.Image) -> None:
+    """Raises Unusable if a tile of a TIFF, which is decoded as a whole, is much larger than the image."""
+    sides = [image.tag_v2.get(tag, 1) for tag in (TILE_WIDTH, TILE_LENGTH)]  # type: ignore[attr-defined]
+    sides = [side if isinstance(side, int) else MAX_PIXELS for side in sides]
+    if sides[0] * sides[1] > max(4 * image.width * image.height, LARGEST_TILE):
+        raise Unusable(f"an image of {image.width}x{image.height} pixels in tiles of {sides[0]}x{sides[1]}")
 
 
 def without_png_metadata(data: bytes) -> bytes:

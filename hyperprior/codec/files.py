@@ -164,10 +164,17 @@ def convert_all(
 
 
 def read_source(source: str) -> bytes:
+    """The bytes of a file or of standard input. Raises DataError, also for more than an image or its file can have."""
     try:
-        return get_binary(sys.stdin).read() if source == STANDARD else Path(source).read_bytes()
+        if source != STANDARD and (size := Path(source).stat().st_size) > images.MAX_BYTES:
+            raise DataError(images.describe_too_large(size))
+        with contextlib.nullcontext(get_binary(sys.stdin)) if source == STANDARD else Path(source).open("rb") as file:
+            data = file.read(images.MAX_BYTES + 1)  # a pipe has no size
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from error
+    if len(data) > images.MAX_BYTES:
+        raise DataError(images.describe_too_large(len(data)))
+    return data
 
 
 def write_to_stdout(data: bytes) -> None:

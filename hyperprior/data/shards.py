@@ -21,7 +21,7 @@ from hyperprior.config import hide_secrets
 from hyperprior.data import tars
 from hyperprior.data.tars import is_tar
 from hyperprior.errors import ConfigError, DataError
-from hyperprior.images import TRAINING_SUFFIXES, is_training_image
+from hyperprior.images import MAX_BYTES, TRAINING_SUFFIXES, describe_too_large, is_training_image
 
 FILES_PER_PART = 1000  # a directory with more images is cut into parts
 
@@ -50,12 +50,13 @@ class Sample(NamedTuple):
             raise DataError(self.problem)
         if self.data is not None:
             return self.data
-        if self.size is not None:
-            return tars.read_at(self.path, self.offset, self.size)
         try:
-            if not Path(self.path).is_file() and Path(self.path).exists():  # a pipe would wait for a writer
-                raise DataError(f"{self.path} is no regular file")
-            return Path(self.path).read_bytes()
+            if self.size is None and not Path(self.path).is_file() and Path(self.path).exists():
+                raise DataError(f"{self.path} is no regular file")  # a pipe would wait for a writer
+            size = Path(self.path).stat().st_size if self.size is None else self.size
+            if size > MAX_BYTES:
+                raise DataError(describe_too_large(size))
+            return Path(self.path).read_bytes() if self.size is None else tars.read_at(self.path, self.offset, size)
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}") from error
 

@@ -12,11 +12,11 @@ import posixpath
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn, Optional
 
 from hyperprior.config import hide_secrets
 from hyperprior.errors import DataError
-from hyperprior.images import is_training_image
+from hyperprior.images import MAX_BYTES, describe_too_large, is_training_image
 
 BLOCK = tarfile.BLOCKSIZE
 INDEXED = 1024  # tars whose members are cached: enough for all tars of ImageNet, 250 MB
@@ -31,6 +31,10 @@ COMPRESSIONS = {
 }
 COMPRESSED_SUFFIXES = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_LINKS = 40  # that lead to one file, as in Linux
+MAX_EXTENSION = 1 << 20  # bytes of a long name, or of what pax adds to a header
+MAX_READS_AT_END = 8  # of a stream
+EXTENSIONS = (b"L", b"K", b"x", b"g", b"X")
+BROKEN = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError)  # what tarfile raises for damage
 
 
 class Member(NamedTuple):
@@ -105,6 +109,62 @@ class Window:
 # The members of a tar -------------------------------------------------------------------------------------
 
 
+class Refused(tarfile.TarError):
+    """A tar that tarfile would read, but that is not read here. The text goes on after the tar's name."""
+
+
+class Header(tarfile.TarInfo):
+    """A header, refused before tarfile reads what belongs to it if that is large, or the map of a sparse file."""
+
+    @classmethod
+    def frombuf(cls, *args: Any) -> Header:
+        header = super().frombuf(*args)
+        if header.type in EXTENSIONS and header.size > MAX_EXTENSION:
+            raise Refused(f"has a header of {header.size:,} bytes; at most {MAX_EXTENSION:,} are read")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            refuse_sparse(header)
+        return header
+
+
+def refuse_sparse(header: tarfile.TarInfo) -> NoReturn:
+    raise Refused(f"holds {header.name} as a sparse file, in pieces; make the tar without --sparse")
+
+
+def read_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The header of each member that is no folder. Raises BROKEN."""
+    for header in tar:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers in memory, each with a copy of the tar's global header
+        if header.size < 0:  # tarfile would go back, and read the same headers for ever
+            raise Refused(f"is damaged: member {header.name} has a size of {header.size}")
+        if not header.pax_headers.get("size", "0").isdecimal():  # tarfile would take it for 0
+            raise Refused(f"is damaged: member {header.name} has a size of `{header.pax_headers['size']}`")
+        if header.size and not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
+            raise Refused(
+                f"is damaged: member {header.name} is no file, but has data; some programs read it as members"
+            )
+        if header.issparse():
+            refuse_sparse(header)
+        if not header.isdir():
+            yield header
+
+
+def make_header_error(name: str, error: Exception) -> DataError:
+    """The error for a tar whose headers gave one of BROKEN."""
+    return DataError(
+        f"{name} {error if isinstance(error, Refused) else f'is damaged or not an uncompressed tar: {error}'}"
+    )
+
+
+class Entry(NamedTuple):
+    """A file of a tar with the offset and size of its data, or a link, or what has a `problem`."""
+
+    name: str
+    offset: int = 0
+    size: int = 0
+    target: str = ""  # the path that a link leads to, within its tar
+    problem: str = ""
+
+
 @functools.lru_cache(maxsize=INDEXED)
 def list_members(path: str, offset: int, size: int, name: str) -> tuple[Member, ...]:
     """Every file of the tar in bytes [offset, offset + size) of `path`. Errors call the tar `name`.
@@ -113,17 +173,17 @@ def list_members(path: str, offset: int, size: int, name: str) -> tuple[Member, 
     nothing else. Otherwise DataError is raised, and also if a member runs past the end of the tar.
     """
     window = Window(path, offset, size)
+    entries = []
     try:
-        with tarfile.open(fileobj=window, mode="r:") as tar:  # type: ignore[call-overload]
-            entries = [member for member in tar if not member.isdir()]
+        with tarfile.open(fileobj=window, mode="r:", tarinfo=Header) as tar:  # type: ignore[call-overload]
+            for header in read_headers(tar):
+                entry = make_entry(header)
+                if entry.offset + entry.size > size:
+                    raise make_damage_error(name, f"member {entry.name} runs past the end of the file")
+                entries.append(entry)
             end = tar.offset
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{name} is damaged or not an uncompressed tar: {error}") from error
-    for member in entries:
-        if member.issparse():
-            raise DataError(f"{name} holds {member.name} as a sparse file, in pieces; make the tar without --sparse")
-        if member.isreg() and member.offset_data + member.size > size:
-            raise make_damage_error(name, f"member {member.name} runs past the end of the file")
+    except BROKEN as error:
+        raise make_header_error(name, error) from error
     if size < end + BLOCK:
         raise make_damage_error(name, f"it is cut off after {len(entries)} members")
     window.seek(end)
@@ -134,27 +194,29 @@ def list_members(path: str, offset: int, size: int, name: str) -> tuple[Member, 
     return tuple(make_member(entry, by_path, offset) for entry in entries)
 
 
-def make_member(entry: tarfile.TarInfo, by_path: Mapping[str, tarfile.TarInfo], offset: int) -> Member:
-    target: tarfile.TarInfo | None = entry
+def make_entry(header: tarfile.TarInfo) -> Entry:
+    if header.isreg():
+        return Entry(header.name, header.offset_data, header.size)
+    folder = posixpath.dirname(header.name) if header.issym() else ""  # a symbolic link is relative to its folder
+    target = posixpath.normpath(posixpath.join(folder, header.linkname)) if header.issym() or header.islnk() else ""
+    return Entry(header.name, target=target, problem=describe_no_file(header))
+
+
+def make_member(entry: Entry, by_path: Mapping[str, Entry], offset: int) -> Member:
+    target: Optional[Entry] = entry
     for _ in range(MAX_LINKS):
-        if target is None or target.isreg():
+        if target is None or not target.problem:
             break
-        target = by_path.get(path_of_target(target))
-    if target and target.isreg():
-        return Member(entry.name, offset + target.offset_data, target.size)
-    return Member(entry.name, problem=f"it is {describe_no_file(entry)}, not a file of this tar")
+        target = by_path.get(target.target)
+    if target and not target.problem:
+        return Member(entry.name, offset + target.offset, target.size)
+    return Member(entry.name, problem=f"it is {entry.problem}, not a file of this tar")
 
 
-def path_of_target(link: tarfile.TarInfo) -> str:
-    """The path that a link leads to, within its tar. A symbolic link is relative to its folder."""
-    folder = posixpath.dirname(link.name) if link.issym() else ""
-    return posixpath.normpath(posixpath.join(folder, link.linkname))
-
-
-def describe_no_file(entry: tarfile.TarInfo) -> str:
+def describe_no_file(header: tarfile.TarInfo) -> str:
     """Why a member that is no regular file cannot be read."""
-    if entry.issym() or entry.islnk():
-        return f"a link to {entry.linkname}"
+    if header.issym() or header.islnk():
+        return f"a link to {header.linkname}"
     return "neither a file nor a link"
 
 
@@ -177,11 +239,12 @@ def list_images(path: str, offset: int, size: int, name: str, beside_tars: bool)
 def find_first_image_or_tar(path: str, size: int) -> str | None:
     """The name of the first member that is an image or a tar. The rest is not read. Raises DataError."""
     try:
-        with tarfile.open(fileobj=Window(path, 0, size), mode="r:") as tar:  # type: ignore[call-overload]
-            names = (member.name for member in tar if not member.isdir())
+        window = Window(path, 0, size)
+        with tarfile.open(fileobj=window, mode="r:", tarinfo=Header) as tar:  # type: ignore[call-overload]
+            names = (header.name for header in read_headers(tar))
             return next((name for name in names if is_training_image(name) or is_tar(name)), None)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is damaged or not an uncompressed tar: {error}") from error
+    except BROKEN as error:
+        raise make_header_error(path, error) from error
 
 
 def check_ends(path: str, offset: int, size: int, name: str) -> None:
@@ -233,10 +296,13 @@ class CountingStream:
     """A stream that counts the bytes read, and stores where the last byte that is not zero ended."""
 
     def __init__(self, stream: IO[bytes]):
-        self.stream, self.count, self.last_nonzero, self.head = stream, 0, 0, b""
+        self.stream, self.count, self.last_nonzero, self.head, self.reads_at_end = stream, 0, 0, b"", 0
 
     def read(self, count: int) -> bytes:
         data = self.stream.read(count)
+        self.reads_at_end += not data
+        if self.reads_at_end > MAX_READS_AT_END:  # tarfile reads on, block by block, for all the bytes of a member
+            raise tarfile.ReadError("unexpected end of data")
         self.head = self.head or data[:BLOCK]
         if stripped := data.rstrip(b"\0"):
             self.last_nonzero = self.count + len(stripped)
@@ -257,19 +323,21 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
     try:
         with gopen(url) as stream:
             counting = CountingStream(stream)
-            with tarfile.open(fileobj=counting, mode="r|") as tar:  # type: ignore[call-overload]
-                for member in tar:
+            with tarfile.open(fileobj=counting, mode="r|", tarinfo=Header) as tar:  # type: ignore[call-overload]
+                for member in read_headers(tar):
                     if member.isreg() and is_tar(member.name):
                         raise DataError(
                             f"{name}: member {member.name} is a tar; nested tars are read in place from "
                             f"local files only; give the inner tars as separate URLs"
                         )
-                    if member.isreg() and is_training_image(member.name):
-                        yield member.name, tar.extractfile(member).read(), ""
-                    elif not member.isdir() and is_training_image(member.name):
-                        yield member.name, b"", f"it is {describe_no_file(member)}; a stream holds no links"
+                    if is_training_image(member.name):
+                        if not member.isreg():
+                            yield member.name, b"", f"it is {describe_no_file(member)}; a stream holds no links"
+                        elif member.size > MAX_BYTES:
+                            yield member.name, b"", describe_too_large(member.size)
+                        else:
+                            yield member.name, tar.extractfile(member).read(), ""
                     end = tar.offset
-                    tar.members = []  # otherwise tarfile keeps every header in memory
             while rest := counting.read(READ_AHEAD):
                 if rest.strip(b"\0"):
                     raise make_rest_error(name, rest, end, f"it is not a tar from byte {end} on")
@@ -277,6 +345,8 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
                 raise make_damage_error(name, f"it is not a tar from byte {end} of {counting.count} on")
     except ModuleNotFoundError as error:
         raise DataError(f"{name} needs {error.name}, which is not installed: `pip install {error.name}`") from error
-    except (OSError, ValueError, AssertionError, tarfile.TarError) as error:
+    except Refused as error:
+        raise make_header_error(name, error) from error
+    except (OSError, AssertionError, *BROKEN) as error:
         reason = describe_compression(counting.head if counting else b"") or hide_secrets(str(error))
         raise DataError(f"{name} cannot be read as a tar: {reason}") from error

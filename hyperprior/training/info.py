@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from hyperprior.codec import box, container
-from hyperprior.codec.files import ANY_SIZE, SUFFIX
+from hyperprior.codec.files import ANY_SIZE, SUFFIX, read_source
 from hyperprior.errors import ConfigError
 from hyperprior.training import checkpoint
 from hyperprior.training.runs import read_result
@@ -26,7 +26,7 @@ def info(path: Path, model: Optional[str]) -> dict[str, Any]:
     if (path / "checkpoints").is_dir():
         return info_of_run(path)
     if path.is_file() and path.suffix != ".npz":
-        return info_of_file(path.read_bytes(), model)
+        return info_of_file(read_source(str(path)), model)
     if path.suffix == SUFFIX and not path.exists():
         raise ConfigError(f"{path} does not exist")
     return {"kind": "model", **box.read_description(path)}
@@ -36,6 +36,7 @@ def info_of_run(run: Path) -> dict[str, Any]:
     newest = checkpoint.load_newest(run / "checkpoints", lambda text: None)
     if newest is None:
         raise ConfigError(f"{run} holds no checkpoint yet; train.checkpoint_every sets the interval")
+    checkpoint.check_state(run, newest[1])
     state = newest[1]["run"]
     facts = {"kind": "run", **{name: state[name] for name in ("step", "best_step", "best_loss")}}
     with contextlib.suppress(ConfigError):
