@@ -31,6 +31,7 @@ Arrays = dict[str, np.ndarray]
 
 log = logging.getLogger(__name__)
 
+MOST_BYTES_OF_STATE = 2**20  # where it is read alone, from a model
 # Linux lets a process ask for a lock of this kind without taking it.
 CAN_ASK = hasattr(fcntl, "F_OFD_GETLK")
 WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -125,24 +126,31 @@ def save_arrays(
 
 
 def verify_zip(path: Path, most_bytes: Optional[int] = None) -> None:
-    """Checks every entry against its CRC-32. Raises BadZipFile, also if they hold more than `most_bytes` in all."""
+    """Checks every entry against its CRC-32. Raises BadZipFile, also if they hold more than `most_bytes` in all.
+
+    Without `most_bytes` they hold no more than the file, and so are not compressed.
+    """
     with zipfile.ZipFile(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
-        if most_bytes is not None and size > most_bytes:
+        most_bytes = path.stat().st_size if most_bytes is None else most_bytes
+        if max(size, path.stat().st_size) > most_bytes:
             raise zipfile.BadZipFile(f"it holds {size:,} bytes; at most {most_bytes:,} are read")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def load_arrays(path: Path, file_format: int | str, most_bytes: Optional[int] = None) -> tuple[Arrays, dict[str, Any]]:
-    """(arrays, state) of a file that `save_arrays` wrote, with at most `most_bytes` in all.
+    """(arrays, state) of a file that `save_arrays` wrote, with at most `most_bytes` in all: by default, not compressed.
 
     Raises ValueError with the reason if the file is damaged, ConfigError if the file has another format.
     """
     try:
         verify_zip(path, most_bytes)
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+                raise ValueError(f"`{name}` is no array of numbers")
         state = json.loads(arrays.pop("state").tobytes())
         if list(arrays) != state.pop("arrays"):  # the directory of the zip has no checksum
             raise ValueError("entries are missing")
@@ -166,6 +174,20 @@ def check_format(path: Path, found: Any, expected: int | str) -> None:
             f"{path} has format {found}; this version reads format {expected}: give a file from `hyperprior export`, "
             f"or use the version that wrote this file"
         )
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state of a file that `save_arrays` wrote. Its arrays are not read. Raises ValueError if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("state.npy") as entry:
+            if (size := archive.getinfo("state.npy").file_size) > MOST_BYTES_OF_STATE:
+                raise ValueError(f"its state holds {size:,} bytes; at most {MOST_BYTES_OF_STATE:,} are read")
+            state = json.loads(np.lib.format.read_array(entry, allow_pickle=False).tobytes())
+        if not isinstance(state, dict):
+            raise ValueError("its state is no JSON object")
+    except Exception as error:  # the readers raise many types for a damaged file
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return state
 
 
 def with_prefix(prefix: str, arrays: Arrays) -> Arrays:

@@ -118,7 +118,7 @@ class Codec:
     def trained_weights(self) -> TrainedWeights:
         """The weights, as the start of another run. Those of h_s have the precision of its integers."""
         weights = {**self.weights, **exact.weights(self.layers, self.config.model)}
-        return TrainedWeights(weights, self.config, self.info["step"])
+        return TrainedWeights(weights, self.config, self.info.get("step", 0))
 
     def compress(self, image: np.ndarray, effort: int = 0, max_pixels: int = container.MAX_PIXELS) -> bytes:
         """A whole `.hyp` file of an [H, W, 3] uint8 image, sides 1 to 65,535. Raises DataError.
@@ -283,8 +283,13 @@ def check_arrays(arrays: Arrays, model: config.Model) -> None:
     shapes = {**architecture.shapes_of_weights(model), **others, "tables/lookup": (arrays["tables/lookup"].size,)}
     for name, shape in shapes.items():
         array = arrays[name]
-        is_integer = name in others or name.startswith(("tables/", "h_s/"))
-        if array.shape != shape or array.dtype.kind != ("i" if is_integer else "f"):
+        is_table, is_integer = name.startswith("tables/"), name in others or name.startswith("h_s/")
+        largest = np.int32 if is_table else np.int64 if is_integer else np.float32
+        if (
+            array.shape != shape
+            or array.dtype.kind != np.dtype(largest).kind
+            or array.dtype.itemsize > largest().itemsize
+        ):
             raise ValueError(f"`{name}` is {list(array.shape)} {array.dtype}, and should be {list(shape)}")
         if not np.isfinite(array).all():
             raise ValueError(f"`{name}` is not finite")
@@ -304,14 +309,15 @@ def load(path: str | Path, engine: str = "auto") -> Codec:
     except ValueError as error:
         raise DataError(f"model {error}; export it again") from error
     try:
-        codec = Codec(arrays, config.validate(state["config"], origin), state["info"], origin, engine)
+        info, fingerprint = dict(state["info"]), state["fingerprint"]
+        codec = Codec(arrays, config.validate(state["config"], origin), info, origin, engine)
     except KeyError as error:
         raise DataError(f"model {origin} is damaged: it has no {error}; export it again") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"model {origin} is damaged: {error}; export it again") from error
-    if codec.fingerprint != state["fingerprint"]:
+    if codec.fingerprint != fingerprint:
         raise DataError(
             f"model {origin} is damaged: its weights and tables have fingerprint {codec.fingerprint}, its "
-            f"description says {state['fingerprint']}; export it again"
+            f"description says {fingerprint}; export it again"
         )
     return codec

@@ -31,5 +31,5 @@ class Tables(NamedTuple):
         symbols = [len(cumulative) - 1 for cumulative in counts.cumulative]
         if not len(self.first) == len(self.escape) == len(symbols) == count:
             raise ValueError(f"{len(symbols)} tables instead of {count}")
-        if (self.escape != np.array(symbols) - 1).any() or (np.abs(self.first) > -INT16.min).any():
+        if (self.escape != np.array(symbols) - 1).any() or (np.abs(self.first.astype(np.int64)) > -INT16.min).any():
             raise ValueError("first values or escapes do not fit the tables")

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
+
 from hyperprior import config
 from hyperprior.errors import ConfigError, LostWorker
 from hyperprior.storage import Arrays, TrainedWeights, load_arrays, save_arrays, with_prefix
 
 FORMAT = 1
+STATE = {"config": dict, "run": dict, "data": str, "environment": dict}  # with their types
 VISIBLE_AFTER = 60  # seconds until all workers must see a file that the chief sees
 
 
@@ -81,12 +84,31 @@ def wait_for(folder: Path, step: int) -> tuple[Arrays, dict[str, Any]]:
         time.sleep(1)
 
 
+def check_state(run: Path, state: dict[str, Any]) -> None:
+    """Raises ConfigError unless a checkpoint's state has what all that use it rely on."""
+    numbers = state["run"] if isinstance(state.get("run"), dict) else {}
+    is_whole = {
+        **{name: isinstance(state.get(name), kind) for name, kind in STATE.items()},
+        **{f"run.{name}": type(numbers.get(name)) is int for name in ("step", "best_step")},
+        "run.best_loss": type(numbers.get("best_loss", "missing")) in (int, float, type(None)),
+    }
+    if bad := [name for name, fits in is_whole.items() if not fits]:
+        raise ConfigError(
+            f"the newest checkpoint of {run} holds no valid `{bad[0]}`; move it away to use the one before"
+        )
+
+
 def load_best(folder: Path, step: int) -> Arrays:
     """Loads the best weights. Raises ValueError with the reason if they are damaged or not of `step`."""
     arrays, state = load_arrays(best_path(folder), FORMAT)
-    if state["step"] != step:
-        raise ValueError(f"{best_path(folder)} is of step {state['step']}, but the run's best step is {step}")
+    if state.get("step") != step:
+        raise ValueError(f"{best_path(folder)} is of step {state.get('step')}, but the run's best step is {step}")
     return arrays
+
+
+def to_float32(arrays: Arrays) -> Arrays:
+    with np.errstate(over="ignore"):  # export refuses what is not finite
+        return {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
 
 
 def best_weights(run: Path, warn: Callable[[str], None]) -> TrainedWeights:
@@ -95,6 +117,7 @@ def best_weights(run: Path, warn: Callable[[str], None]) -> TrainedWeights:
     if newest is None:
         raise ConfigError(f"{run} holds no run with a checkpoint; `hyperprior train CONFIG --run {run}` makes one")
     arrays, state = newest
+    check_state(run, state)
     settings = config.validate(state["config"], str(run))
     if state["run"]["best_loss"] is not None:
         step = state["run"]["best_step"]
@@ -103,6 +126,6 @@ def best_weights(run: Path, warn: Callable[[str], None]) -> TrainedWeights:
         except ValueError as error:
             warn(f"{error}; the last weights are used instead of the best")
         else:
-            return TrainedWeights(with_prefix("model/", best), settings, step)
+            return TrainedWeights(to_float32(with_prefix("model/", best)), settings, step)
     last = {**with_prefix("model/", arrays), **with_prefix("optimizer/average/", arrays)}
-    return TrainedWeights(last, settings, state["run"]["step"])
+    return TrainedWeights(to_float32(last), settings, state["run"]["step"])

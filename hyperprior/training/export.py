@@ -76,7 +76,7 @@ def export(
     with contextlib.suppress(ConfigError, DataError):
         has_saved_model = (out / "saved_model" / "saved_model.pb").is_file() or not operations.module
         is_whole = (out / "model.json").is_file() and has_saved_model
-        if is_whole and (existing := codec.load(out)).info["weights"] == weights:
+        if is_whole and (existing := codec.load(out)).info.get("weights") == weights:
             terminal.say(f"model    {out}, {existing.fingerprint}: exported already")
             return {"model": str(out), "fingerprint": existing.fingerprint, **existing.info}
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from pydantic import TypeAdapter
+
 from hyperprior import storage
 from hyperprior.codec import codec
 from hyperprior.config import Config, differences, validate, without_secrets
@@ -80,12 +82,11 @@ class State:
             values["sums"] = dict(zip(SUMS_OF_0_1, values["sums"]))
         if values["sums"]:  # a checkpoint without "norms" counted every step in the mean of gradient_norm
             values["sums"] = {"norms": values["sums"]["steps"], **values["sums"]}
-        return cls(
-            cursors=[Cursor(*cursor) for cursor in values.pop("cursors")],
-            counts=Counts(**{name: values.pop(name) for name in Counts._fields}),
-            best=Best(values.pop("best_loss"), values.pop("best_step"), values.pop("stale")),
-            **values,
-        )
+        counts = {name: values.pop(name) for name in Counts._fields}
+        best = {
+            name: values.pop(key) for name, key in (("loss", "best_loss"), ("step", "best_step"), ("stale", "stale"))
+        }
+        return TypeAdapter(cls).validate_python({**values, "counts": counts, "best": best})
 
 
 class Saved(NamedTuple):
@@ -101,7 +102,14 @@ def load(world: World, run: Path, settings: Config, splits: Splits, terminal: Te
     Prints the changes since then that are allowed. Raises ConfigError for others. All workers must call this.
     """
     folder = run / "checkpoints"
-    newest = world.on_every_worker(lambda: checkpoint.load_newest(folder, terminal.warn) if world.is_chief else None)
+
+    def load_newest() -> Optional[tuple[Arrays, dict[str, Any]]]:
+        newest = checkpoint.load_newest(folder, terminal.warn) if world.is_chief else None
+        if newest:
+            checkpoint.check_state(run, newest[1])
+        return newest
+
+    newest = world.on_every_worker(load_newest)
     (step, *_) = world.gather(newest[1]["run"]["step"] if newest else None)
     if step is None:
         return None
@@ -109,9 +117,20 @@ def load(world: World, run: Path, settings: Config, splits: Splits, terminal: Te
     def load_checked() -> Saved:
         arrays, saved = newest or checkpoint.wait_for(folder, step)
         check(run, saved, settings, splits, world.environment(), terminal)
-        return Saved(arrays, State.from_json(saved["run"]))
+        return Saved(arrays, state_of(run, saved))
 
     return world.on_every_worker(load_checked)
+
+
+def state_of(run: Path, saved: dict[str, Any]) -> State:
+    """The state of the run in a checkpoint's state. Raises ConfigError if it is damaged."""
+    try:
+        return State.from_json(saved["run"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the newest checkpoint of {run} is damaged: {reason}; move it away to use the one before"
+        ) from error
 
 
 def check(

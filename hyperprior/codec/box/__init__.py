@@ -10,11 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, Optional
-
-import numpy as np
 
 from hyperprior import storage
 from hyperprior.errors import ConfigError, DataError
@@ -82,10 +79,11 @@ def read_description(model: str | Path) -> dict[str, Any]:
     """
     path = find(model)
     try:
-        with np.load(path, allow_pickle=False) as archive:  # reads only the entry `state`
-            description = json.loads(archive["state"].tobytes())
+        description = storage.load_state(path)
         storage.check_format(path, description["format"], FORMAT)
         own = {"fingerprint": description["fingerprint"], "format": description["format"]}
         return {**own, **description["config"]["model"], **description["config"]["loss"], **description["info"]}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is damaged: {error}; export the model again") from error
+    except ValueError as error:
+        raise DataError(f"{error}; export the model again") from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: its description lacks {error}; export the model again") from error
