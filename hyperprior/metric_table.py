@@ -5,8 +5,9 @@ A metric that the graph measures for each image (`measured`) needs a row here an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional, Union
 
 TRAIN, VAL = "train", "val"
 
@@ -108,7 +109,31 @@ METRICS = {
     "estimated_bpp": Metric("estimated bpp"),
 }
 
+# The fields of a row of metrics.jsonl, by its kind, beside `step`.
+ROW_FIELDS: dict[str, dict[str, type]] = {"ended": {"code": int, "reason": str}, "skipped": {"sample": str}}
 RESULT = ("loss", "bpp", "psnr_db", "ms_ssim")  # the short summary of a finished run
+
+
+def read_record(text: Union[str, bytes]) -> Optional[dict[str, Any]]:
+    """The JSON object of results.json or of a line of metrics.jsonl. None if lambda or a metric is no number, or
+    if the text is damaged."""
+    try:
+        record = json.loads(text)
+        numbers = [record[name] for name in ("lambda", *METRICS) if name in record]
+        is_whole = isinstance(record, dict) and all(type(value) in (int, float) for value in numbers)
+        list(map(float, numbers if is_whole else ()))
+    except (ValueError, TypeError, OverflowError, RecursionError):  # of huge integers, and of brackets in brackets
+        return None
+    return record if is_whole else None
+
+
+def read_row(line: bytes) -> Optional[dict[str, Any]]:
+    """The record of a line of metrics.jsonl. None for a line that no run wrote, or that is damaged."""
+    row = read_record(line)
+    if not row or not isinstance(row.get("kind"), str) or type(row.get("step")) is not int:
+        return None
+    fields = ROW_FIELDS.get(row["kind"], {})
+    return row if all(isinstance(row.get(name), kind) for name, kind in fields.items()) else None
 
 
 def measured_in(split: str) -> tuple[str, ...]:

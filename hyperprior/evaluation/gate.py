@@ -26,7 +26,7 @@ def read_stored(
         raise ConfigError(f"--gate {path} would be overwritten by the new result; choose another --out")
     try:
         summary = json.loads(path.read_text())
-        before = {image["name"]: image["sha256"] for image in summary["images"]}
+        before = {str(image["name"]): image["sha256"] for image in summary["images"]}
         points = [
             {
                 **p,
@@ -39,7 +39,7 @@ def read_stored(
             if p["kind"] == "model"
         ]
         is_known = summary["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a file of any content
         raise ConfigError(f"--gate {path} is not a summary.json of `hyperprior evaluate`: {error!r}") from error
     if not is_known:
         raise ConfigError(

@@ -360,7 +360,7 @@ def read_tf_config() -> tuple[list[str], int]:
         if len({*chiefs, *workers}) < len([*chiefs, *workers]):
             raise ValueError("two workers have the same address")
         return [*chiefs, *workers], index + (len(chiefs) if task["type"] == "worker" else 0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"TF_CONFIG is {text!r}: it must be JSON with cluster and task, as TensorFlow documents "
             f"({error if type(error) is ValueError else repr(error)})"

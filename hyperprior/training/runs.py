@@ -6,7 +6,6 @@ Nothing here needs TensorFlow.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from rich.table import Table
 
 from hyperprior import config, storage
 from hyperprior.errors import ConfigError
-from hyperprior.metric_table import METRICS, RESULT, cell
+from hyperprior.metric_table import METRICS, RESULT, cell, read_record, read_row
 from hyperprior.training import checkpoint
 
 TAIL_BYTES = 2**18  # read from the end of metrics.jsonl, which grows with a run
+FIELDS_OF_RESULT = {"trained_steps": int, "step": int, "split": str}
 ENDINGS = {3: "bad data", 4: "diverged", 75: "stopped"}
 
 
@@ -91,7 +91,7 @@ def count_bytes(folder: Path) -> int:
 
 
 def read_last_rows(run: Path) -> Iterator[dict[str, Any]]:
-    """Yields the last complete lines of metrics.jsonl."""
+    """Yields the last rows of metrics.jsonl, without damaged ones."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             start = max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES)
@@ -99,21 +99,19 @@ def read_last_rows(run: Path) -> Iterator[dict[str, Any]]:
             lines = file.read().splitlines()
     except OSError:
         return
-    for line in lines:
-        # The first line may begin before `start`. A kill or a full disk cut off others.
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            row["kind"], row["step"]
-            yield row
+    yield from filter(None, map(read_row, lines))  # the first may begin before `start`; a kill may cut off the last
 
 
 def read_result(run: Path) -> Optional[dict[str, Any]]:
-    """The content of results.json. None if the file is missing, or if training did not write it."""
+    """The content of results.json. None if the file is missing or damaged, or if training did not write it."""
     try:
-        result = json.loads((run / "results.json").read_text())
-    except (OSError, ValueError):
+        result = read_record((run / "results.json").read_bytes())
+    except OSError:
         return None
-    return result if isinstance(result, dict) and isinstance(result.get("trained_steps"), int) else None
+    if not result or not all(type(result.get(name)) is kind for name, kind in FIELDS_OF_RESULT.items()):
+        return None
+    wanted = {"lambda", *(("bpp", "psnr_db", "images") if "loss" in result else ())}
+    return result if wanted <= result.keys() else None
 
 
 def make_table(summaries: Sequence[dict[str, Any]]) -> Table:

@@ -154,7 +154,7 @@ def round_lambda(value: float) -> float:
 
 def result_of(plan: Plan, lmbda: float) -> dict[str, Any]:
     values = read_result(plan.folder(lmbda))
-    if not values or "bpp" not in values:
+    if not values or "loss" not in values or not values["bpp"] > 0:
         raise ConfigError(
             f"{plan.folder(lmbda)} has no result: no images are held out; set data.test or data.test_split"
         )

@@ -27,7 +27,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from hyperprior import storage
 from hyperprior.config import Config, flatten, render
-from hyperprior.metric_table import METRICS
+from hyperprior.metric_table import METRICS, read_row
 
 # The charts of TensorBoard's custom scalars, by metrics. Each shows train and val.
 CHARTS = {
@@ -62,18 +62,17 @@ class Summaries:
     def _rewind(self, step: int) -> None:
         """Removes from metrics.jsonl all that an interrupted run wrote after the checkpoint from which it resumes."""
         if self.metrics.exists():
-            lines, kept, damaged = self.metrics.read_bytes().splitlines(), [], set()
+            lines, kept, damaged = self.metrics.read_bytes().splitlines(), [], 0
             for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    if row["kind"] == "skipped" and row["step"] <= step:
+                row = read_row(line)
+                if row is None:
+                    damaged += number < len(lines)  # a kill may cut off the last one
+                elif row["step"] <= step:
+                    kept.append(line + b"\n")
+                    if row["kind"] == "skipped":
                         self.skipped.add(row["sample"])
-                    if row["step"] <= step:
-                        kept.append(line + b"\n")
-                except (ValueError, KeyError, TypeError):
-                    damaged.add(number)
-            if damaged := damaged - {len(lines)}:  # a kill may cut off the last line
-                self.warn(f"{self.metrics}: damaged lines that are left out from now on: {len(damaged)}")
+            if damaged:
+                self.warn(f"{self.metrics}: damaged lines that are left out from now on: {damaged}")
             storage.write_bytes(self.metrics, b"".join(kept))
 
     def _open(self, split: str, step: int) -> None:
