@@ -319,7 +319,7 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
     """
     from webdataset.gopen import gopen
 
-    end, counting = 0, None
+    counting = None
     try:
         with gopen(url) as stream:
             counting = CountingStream(stream)
@@ -337,7 +337,7 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
                             yield member.name, b"", describe_too_large(member.size)
                         else:
                             yield member.name, tar.extractfile(member).read(), ""
-                    end = tar.offset
+                end = tar.offset
             while rest := counting.read(READ_AHEAD):
                 if rest.strip(b"\0"):
                     raise make_rest_error(name, rest, end, f"it is not a tar from byte {end} on")

@@ -21,6 +21,7 @@ from hyperprior.config import load_config
 from hyperprior.errors import ConfigError
 from hyperprior.machine import doctor
 from hyperprior.training import runs
+from hyperprior.watch.summaries import Summaries
 
 
 def test_runs_are_listed_with_their_state_and_can_be_compared(
@@ -133,6 +134,26 @@ def test_a_look_at_a_run_disturbs_no_training(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with storage.lock_directory(folder):  # a file system without locks is not another process
         pass
+
+
+@pytest.mark.parametrize(
+    "bad", [b"", b'{"kind": "tr', b"[" * 10**5, b"\xff\x00", b'{"kind": "val", "step": "2"}', b'"mine"']
+)
+def test_a_damaged_row_costs_that_row_alone(tmp_path: Path, bad: bytes) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    rows = [json.dumps({"kind": "val", "step": step, "loss": 1.0 / step}).encode() for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([rows[0], bad, *rows[1:]]) + b"\n")
+    assert runs.summarise(tmp_path)["loss"] == 1.0 / 3
+    Summaries(tmp_path, 2, pytest.fail).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == rows[:2]
+
+
+@pytest.mark.parametrize("bad", [{"loss": "x"}, {"bpp": [1]}, {"lambda": 10**400}, {"step": None}, {"images": {}}])
+def test_a_damaged_result_is_none(tmp_path: Path, bad: dict[str, object]) -> None:
+    result = {"loss": 1.2, "bpp": 0.5, "psnr_db": 30.0, "images": 3, "lambda": 0.1, "split": "test", "step": 2}
+    for change in ({}, bad):
+        (tmp_path / "results.json").write_text(json.dumps({**result, "trained_steps": 3, **change}))
+        assert (runs.read_result(tmp_path) is None) == bool(change)
 
 
 def test_runs_that_go_while_they_are_read_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
