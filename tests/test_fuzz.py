@@ -9,11 +9,11 @@ from fuzz import fuzz
 
 # By kind: mutants of the default suite; the largest growth of memory in MiB; outcomes that some mutants must have.
 KINDS = {
-    "tar": (400, 64, {"refused", "read"}),
+    "tar": (300, 64, {"refused", "read"}),
     "jpeg": (300, 512, {"read by nobody", "read by training, TensorFlow, compress, Pillow", "too many pixels"}),
     "yaml": (200, 64, {"text      ConfigError", "laughs    ConfigError", "tree      Config"}),
-    "json": (200, 64, {"a result", "no result"}),
-    "npz": (100, 64, {"model      works", "model      DataError", "checkpoint works", "checkpoint ConfigError"}),
+    "json": (120, 64, {"a result", "no result"}),
+    "npz": (60, 64, {"model      works", "model      DataError", "checkpoint works", "checkpoint ConfigError"}),
 }
 
 
