@@ -673,7 +673,7 @@ def make_json(folder: Path) -> Attempt:
         warnings: list[str] = []
         with mock.patch("hyperprior.watch.summaries.EventFileWriter"):  # its threads take most of the time
             Summaries(run, 20, warnings.append).close()
-        assert not warnings, warnings
+        assert all("damaged lines that are left out" in warning for warning in warnings), warnings
         kept = (run / "metrics.jsonl").read_bytes().splitlines()
         for line, row in zip(lines, rows):
             if line is not damaged and b"\n" not in damaged:
@@ -796,7 +796,7 @@ def make_npz(folder: Path) -> Attempt:
     def try_model(rng: random.Random) -> str:
         path = folder / "x.npz"
         path.write_bytes(damage_npz(rng, original, description, [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(DataError, ConfigError):
             json.dumps(list(info.lines(info.info(path, None))))
         try:
             model = codec.load(path, "numpy")

@@ -32,6 +32,15 @@ def test_loading_returns_the_saved_arrays_and_state(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000003.npz"]
 
 
+def test_compressed_arrays_hold_more_than_their_file(tmp_path: Path) -> None:
+    path, zeros = tmp_path / "x.npz", np.zeros(10**6, np.float32)
+    storage.save_arrays(path, {"zeros": zeros}, {}, file_format="model 1", compressed=True)
+    assert path.stat().st_size < zeros.nbytes / 100
+    assert np.array_equal(storage.load_arrays(path, "model 1", 2 * zeros.nbytes)[0]["zeros"], zeros)
+    with pytest.raises(ValueError, match="holds 4,000,[0-9]+ bytes; at most 4,000,000 are read"):
+        storage.load_arrays(path, "model 1", zeros.nbytes)
+
+
 def test_damage_to_the_newest_checkpoint_is_detected_and_the_one_before_is_used(tmp_path: Path) -> None:
     fill(tmp_path, 1, 2)
     newest = checkpoint.path_of(tmp_path, 2)
