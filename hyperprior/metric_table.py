@@ -15,8 +15,8 @@ TRAIN, VAL = "train", "val"
 class Metric(NamedTuple):
     """The name and formats of a metric.
 
-    `text`: format in a line of text. `digits`: decimal places in tables. `tag`: name in TensorBoard, empty for a metric
-    without a chart. `measured`: the splits in which the graph measures the metric for each image.
+    `text`: format in a line of text. `digits`: decimal places in tables. `tag`: name in TensorBoard, which sorts by it;
+    empty for a metric without a chart. `measured`: the splits in which the graph measures the metric for each image.
     """
 
     title: str
@@ -31,18 +31,18 @@ METRICS = {
     "loss": Metric(
         "loss",
         text="loss {:.4f}",
-        tag="rd/loss",
+        tag="1_learning/loss",
         meaning="bpp + lambda · 255² · mse, or bpp + lambda · (1 − ms_ssim)",
         measured=(TRAIN, VAL),
     ),
-    "bpp": Metric("bpp", text="bpp {:.4f}", tag="rd/bpp", meaning="bits per pixel, y and z together"),
-    "bpp_y": Metric("bpp of y", tag="rate/y", meaning="bits per pixel of y", measured=(TRAIN, VAL)),
-    "bpp_z": Metric("bpp of z", tag="rate/z", meaning="bits per pixel of z", measured=(TRAIN, VAL)),
+    "bpp": Metric("bpp", text="bpp {:.4f}", tag="1_learning/bpp", meaning="bits per pixel, y and z together"),
+    "bpp_y": Metric("bpp of y", tag="5_details/bpp_y", meaning="bits per pixel of y", measured=(TRAIN, VAL)),
+    "bpp_z": Metric("bpp of z", tag="5_details/bpp_z", meaning="bits per pixel of z", measured=(TRAIN, VAL)),
     "distortion": Metric(
         "distortion",
         text="distortion {:.6f}",
         digits=6,
-        tag="rd/distortion",
+        tag="5_details/distortion",
         meaning="mse on [0, 1] images, or 1 − ms_ssim",
         measured=(TRAIN, VAL),
     ),
@@ -50,7 +50,7 @@ METRICS = {
         "PSNR, dB",
         text="PSNR {:.2f} dB",
         digits=3,
-        tag="quality/psnr_db",
+        tag="1_learning/psnr_db",
         meaning="dB, mean over images",
         measured=(TRAIN, VAL),
     ),
@@ -58,46 +58,46 @@ METRICS = {
         "MS-SSIM",
         text="MS-SSIM {:.4f}",
         digits=5,
-        tag="quality/ms_ssim",
+        tag="1_learning/ms_ssim",
         meaning="in [0, 1], mean over images of at least 161 pixels a side",
         measured=(VAL,),
     ),
-    "gradient_norm": Metric("gradient norm", tag="optim/gradient_norm", meaning="global norm before clipping"),
-    "learning_rate": Metric("learning rate", tag="optim/learning_rate"),
+    "gradient_norm": Metric("gradient norm", tag="5_details/gradient_norm", meaning="global norm before clipping"),
+    "learning_rate": Metric("learning rate", tag="5_details/learning_rate"),
     "nonfinite": Metric(
         "skipped steps",
         digits=0,
-        tag="optim/nonfinite",
+        tag="3_data/nonfinite",
         meaning="steps skipped since the start because a gradient was not finite",
     ),
     "images_per_s": Metric(
         "images/s",
         text="{:.1f} images/s",
         digits=1,
-        tag="speed/images_per_s",
+        tag="2_speed/images_per_s",
         meaning="training patches per second, all workers",
     ),
     "input_wait": Metric(
         "input wait",
         text="waiting {:.0%}",
-        tag="speed/input_wait",
+        tag="2_speed/input_wait",
         meaning="share of the time that training waits for data",
     ),
     "all_reduce": Metric(
         "all-reduce",
-        tag="speed/all_reduce",
+        tag="2_speed/all_reduce",
         meaning="share of the time that this worker waits for the sum of gradients",
     ),
     "skipped": Metric(
         "skipped samples",
         digits=0,
-        tag="data/skipped",
+        tag="3_data/skipped",
         meaning="samples skipped since the start because they are unusable or too small",
     ),
     "lost_shards": Metric(
         "lost shards",
         digits=0,
-        tag="data/lost_shards",
+        tag="3_data/lost_shards",
         meaning="shard visits since the start that ended early because the shard cannot be read",
     ),
     "images": Metric("images", digits=0, meaning="number of images measured"),

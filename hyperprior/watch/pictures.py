@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from hyperprior import metric_table
 from hyperprior.config import Loss
@@ -21,7 +21,8 @@ from hyperprior.reference import baselines, published
 from hyperprior.watch.summaries import Summaries
 
 AMPLIFICATION = 4  # factor on the difference that is shown, around mid-gray
-MIN_PANEL = 256  # pixels: the least width of a panel, so that its caption fits
+MIN_PANEL = 256  # pixels: the least width of a panel, so that its text is smooth
+CAPTION_AND_TITLE = (23, 26)  # the width of a picture in sizes of its texts: 15 and 13 pixels where it is 350 wide
 NUM_COSTLIEST = 10  # channels
 JPEG_QUALITIES, JPEG_IMAGES = (10, 20, 35, 50, 70, 85), 64
 
@@ -63,7 +64,7 @@ class Pictures:
                 self.reference_curves = measure_jpeg_curve(images), published.paper_curve()
         if course:
             plane = draw_rd_plane(course, *self.reference_curves)
-            report.write_picture("rd_plane", step, plane, "this run's validations, JPEG, the paper's curve")
+            report.write_picture("4_pictures/rd_plane", step, plane, "this run's validations, JPEG, the paper's curve")
 
 
 def make_look(model: ScaleHyperprior, loss: Loss) -> Callable[[np.ndarray, tf.Tensor], Look]:
@@ -91,19 +92,21 @@ def make_look(model: ScaleHyperprior, loss: Loss) -> Callable[[np.ndarray, tf.Te
 
 def show_looks(report: Summaries, step: int, looks: Sequence[Look], parameters: dict[str, tf.Variable]) -> None:
     """Shows pictures, histograms, and the channels of y that cost most."""
+    panels = "original, reconstruction, difference, bits"
     for index, look in enumerate(looks):
-        picture = draw_sheet(look, step)
-        report.write_picture(f"reconstruction/{index}", step, picture, "original, reconstruction, difference, bits")
+        report.write_picture(f"4_pictures/reconstruction_{index}", step, draw_sheet(look), panels)
     y = np.concatenate([look.y.ravel() for look in looks])
     bits = np.concatenate([look.bits.reshape(-1, look.bits.shape[-1]) for look in looks])
     scales = np.concatenate([look.log_scales.ravel() for look in looks]) / np.log(2.0)
-    report.write_histogram("scales/log2", step, scales, "log2 of the standard deviations of y")
-    report.write_histogram("latents/y", step, y, "rounded y")
+    zeros = float(np.mean(y == 0.0))
+    report.write_scalar("val", "5_details/zeros_in_y", step, zeros, "share of y that is rounded to zero")
+    report.write_histogram("6_latents/log2_scales", step, scales, "log2 of the standard deviations of y")
+    report.write_histogram("6_latents/y", step, y, "rounded y")
     for name, variable in parameters.items():
         if name.endswith(("/beta", "/gamma")):
-            report.write_histogram(f"gdn/{name}", step, np.square(variable.numpy()).ravel(), "the values that GDN uses")
-    report.write_scalar("val", "latents/zeros", step, float(np.mean(y == 0.0)), "share of y that is rounded to zero")
-    report.write_text("val", "latents/dearest", step, list_costliest_channels(bits))
+            values = np.square(variable.numpy()).ravel()
+            report.write_histogram(f"7_gdn/{name}", step, values, "the values that GDN uses")
+    report.write_text("val", "costliest_channels", step, list_costliest_channels(bits))
 
 
 def list_costliest_channels(bits: np.ndarray) -> str:
@@ -115,8 +118,11 @@ def list_costliest_channels(bits: np.ndarray) -> str:
     return head + "\n".join(["| channel | share of y's bits | bits a value |", "|---|---|---|", *rows])
 
 
-def draw_sheet(look: Look, step: int, gap: int = 4) -> Image.Image:
-    """Draws original, reconstruction, difference, and the bits of y in each 16 x 16 block, with a caption below."""
+def draw_sheet(look: Look, gap: int = 4) -> Image.Image:
+    """Draws a caption over four panels: original, reconstruction, difference, and the bits of y in each 16 x 16 block.
+
+    The text grows with the picture, so that it can be read where TensorBoard shows the picture 350 pixels wide.
+    """
     height, width = look.original.shape[:2]
     blocks = look.bits.sum(axis=-1)
     max_bits = max(float(blocks.max()), 1e-9)
@@ -126,18 +132,21 @@ def draw_sheet(look: Look, step: int, gap: int = 4) -> Image.Image:
         "original": look.original,
         "reconstruction": look.decoded,
         f"difference x {AMPLIFICATION}": np.clip(difference, 0, 255).astype(np.uint8),
-        f"bits of y per block: black 0, white {max_bits:.0f}": colour_heat(heat),
+        f"bits: black 0, white {max_bits:.0f}": colour_heat(heat),
     }
     zoom = max(1, -(-MIN_PANEL // width))
-    picture = Image.new("RGB", (4 * width * zoom + 3 * gap, height * zoom + 36), "white")
+    width, height = width * zoom, height * zoom
+    sizes = [(2 * width + gap) / share for share in CAPTION_AND_TITLE]
+    (caption, title), (top, strip) = map(ImageFont.load_default, sizes), (round(1.5 * size) for size in sizes)
+    picture = Image.new("RGB", (2 * width + gap, top + 2 * (strip + height)), "white")
     draw = ImageDraw.Draw(picture)
-    for index, (title, pixels) in enumerate(panels.items()):
-        x = index * (width * zoom + gap)
-        panel = Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        picture.paste(panel, (x, 0))
-        draw.text((x + 2, height * zoom + 3), title, fill="#555555")
-    caption = metric_table.describe(look.values, ("bpp", "psnr_db", "ms_ssim"))
-    draw.text((2, height * zoom + 19), f"step {step}:  {caption}", fill="black")
+    text = metric_table.describe(look.values, ("bpp", "psnr_db", "ms_ssim"))
+    draw.text((gap, top / 2), text, fill="black", font=caption, anchor="lm")
+    for index, (name, pixels) in enumerate(panels.items()):
+        x, y = index % 2 * (width + gap), top + index // 2 * (strip + height)
+        draw.text((x + gap, y + strip / 2), name, fill="black", font=title, anchor="lm")
+        panel = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        picture.paste(panel, (x, y + strip))
     return picture
 
 
@@ -165,21 +174,31 @@ def draw_rd_plane(course: Curve, jpeg: Curve, published: Curve) -> Image.Image:
     """Draws a run's validations, (bpp, PSNR in dB), with JPEG on the same images and a published curve."""
     from matplotlib.figure import Figure  # takes a second to import
 
-    figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
+    # Texts of 10 points are 12 pixels high where TensorBoard shows the figure 350 pixels wide.
+    figure = Figure(figsize=(4.2, 4.2), dpi=180, layout="constrained")
     axes = figure.add_subplot()
     if published:
-        axes.plot(*zip(*published), color="#b08800", linestyle="--", linewidth=1, label="published, on Kodak")
+        axes.plot(*zip(*published), color="#b08800", linestyle="--", label="published, on Kodak")
     if jpeg:
-        axes.plot(*zip(*jpeg), color="0.5", marker="o", markersize=3, linewidth=1, label="JPEG, on these images")
-    axes.plot(*zip(*course), color="#d1242f", marker=".", linewidth=0.8, alpha=0.6, label="this run's validations")
+        axes.plot(*zip(*jpeg), color="0.5", marker="o", markersize=4, label="JPEG, on these images")
+    axes.plot(
+        *zip(*course),
+        color="#d1242f",
+        marker=".",
+        linewidth=1,
+        alpha=0.6,
+        label="this run's validations, the last one large",
+    )
     axes.plot(*course[-1], color="#d1242f", marker="o", markersize=9)
-    bpps, values = zip(*[*course[-20:], *jpeg])
-    axes.set_xlim(0.0, 1.15 * max(bpps))
+    axes.set_title("{:.4f} bpp, {:.2f} dB".format(*course[-1]), color="#d1242f", fontsize=14, loc="left")
+    right = 2.0 * max(bpp for bpp, _ in [*course[-20:], *jpeg[:1]])
+    values = [psnr for bpp, psnr in [*course[-20:], *jpeg] if bpp <= right]
+    axes.set_xlim(0.0, right)
     axes.set_ylim(min(values) - 1.0, max(values) + 1.0)
     axes.set_xlabel("bits per pixel")
     axes.set_ylabel("PSNR, dB")
     axes.grid(color="0.92")
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower left", frameon=False)  # inside it would cover points
     with contextlib.closing(io.BytesIO()) as file:
         figure.savefig(file, format="png")
         return Image.open(file).convert("RGB")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,17 @@ class Summaries:
             layout_pb2.Category(
                 title=title,
                 chart=[
-                    layout_pb2.Chart(title=tag, multiline=layout_pb2.MultilineChartContent(tag=[f"^{tag}$"]))
-                    for tag in tags_of(names)
+                    layout_pb2.Chart(
+                        title=METRICS[name].title,
+                        multiline=layout_pb2.MultilineChartContent(tag=[f"^{METRICS[name].tag}$"]),
+                    )
+                    for name in names
                 ],
             )
             for title, names in CHARTS.items()
         ]
         values = {name: value for name, value in flatten(settings).items() if name in HPARAMS and value is not None}
-        metrics = [hparams.Metric(tag, group="val") for tag in tags_of(("loss", "bpp", "psnr_db"))]
+        metrics = [hparams.Metric(METRICS[name].tag, group="val") for name in ("loss", "bpp", "psnr_db")]
 
         def write() -> None:
             self._add_event("train", step, text_pb("config", f"```\n{render(settings)}```"))
@@ -179,8 +182,3 @@ class Summaries:
     def close(self) -> None:
         for writer in self.writers.values():
             self.guard("scalars", writer.close)
-
-
-def tags_of(names: Sequence[str]) -> list[str]:
-    """TensorBoard's names of metrics."""
-    return [METRICS[name].tag for name in names]

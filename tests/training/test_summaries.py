@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hyperprior.config import load_config
+from hyperprior.data.stream import Counts
 from hyperprior.terminal import Terminal
+from hyperprior.training.calls import Outcome
 from hyperprior.training.progress import Progress
 from hyperprior.training.resume import State
-from hyperprior.watch.pictures import draw_rd_plane
+from hyperprior.training.steps import SUMMED
+from hyperprior.watch.pictures import Look, draw_rd_plane, draw_sheet
 from hyperprior.watch.summaries import Summaries
 
 SCALARS = {"loss": 1.0, "bpp": 0.5}
@@ -37,7 +41,7 @@ def test_a_bad_histogram_ends_nothing_else(tmp_path: Path) -> None:
     report.close()
     events = read_events(tmp_path)
     assert [event.step for event in events.Tensors("scales")] == [3]
-    assert [event.step for event in events.Tensors("rd/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Tensors("1_learning/loss")] == [1, 2, 3]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert warnings == ["histograms: not all can be written, training goes on: scales holds values that are not finite"]
 
@@ -59,7 +63,7 @@ def test_each_file_of_the_summaries_fails_alone(tmp_path: Path, broken: str) -> 
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [(row["kind"], row["step"]) for row in rows] == [("val", 1), ("train", 1), ("val", 2), ("train", 2)]
     else:
-        assert [event.step for event in read_events(tmp_path).Tensors("rd/loss")] == [1, 2]
+        assert [event.step for event in read_events(tmp_path).Tensors("1_learning/loss")] == [1, 2]
 
 
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
@@ -69,6 +73,49 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     Summaries(tmp_path, 5, warnings.append).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [rows[0], rows[2]]
     assert len(warnings) == 1 and "left out from now on: 1" in warnings[0]
+
+
+def text_height(strip: np.ndarray, is_text: Callable[[np.ndarray], np.ndarray]) -> int:
+    """The height of the first line of text, in pixels where TensorBoard shows the picture [H, W, 3] 350 pixels wide."""
+    rows = is_text(strip.astype(int)).any(axis=1)
+    first = int(rows.argmax())
+    return round(int(rows[first:].argmin()) * 350 / strip.shape[1])
+
+
+@pytest.mark.parametrize("side", [64, 256, 768])
+def test_the_texts_of_pictures_can_be_read_where_they_are_small(side: int) -> None:
+    pixels, blocks = np.full((side, side, 3), 128, np.uint8), np.ones((side // 16, side // 16, 4))
+    sheet = np.asarray(draw_sheet(Look(pixels, pixels, blocks, blocks, blocks, {"bpp": 0.5, "psnr_db": 30.0})))
+
+    def is_dark(strip: np.ndarray) -> np.ndarray:
+        return strip.max(axis=-1) < 100
+
+    caption = text_height(sheet, is_dark)
+    assert 10 <= caption <= 20, caption
+    panel = int((sheet[:, 0] == 128).all(axis=-1).argmax())  # its first row
+    assert 8 <= text_height(sheet[panel // 2 : panel], is_dark) <= caption
+
+
+def test_the_rd_plane_says_the_last_validation_in_letters_that_can_be_read() -> None:
+    plane = np.asarray(draw_rd_plane([(0.5, 24.0), (0.4, 25.0)], [(0.4, 24.0), (0.9, 28.0)], [(0.2, 29.0)]))
+    assert text_height(plane, lambda strip: (strip[..., 0] - strip[..., 1]) > 100) >= 9
+
+
+def test_speed_is_measured_to_the_end_of_the_calls_that_are_reported(tmp_path: Path) -> None:
+    """The call after them may have ended, too: with a skipped sample, workers meet before the report."""
+    world: Any = SimpleNamespace(is_chief=True, batch_size=4, device_kind="GPU")
+    optimizer: Any = SimpleNamespace(learning_rate=lambda step: 0.1)
+    state, nothing = State([]), SimpleNamespace()
+    progress = Progress(world, load_config(None, []), tmp_path, state, nothing, Terminal(quiet=True))  # type: ignore[arg-type]
+    progress.restart_clock(100.0)
+    with Terminal(quiet=True).track("", 20) as track:
+        for ended in (102.0, 107.0):
+            state.step += 10
+            progress.add_sums(Outcome(10, False, 0, np.ones(len(SUMMED)), Counts(), 0.0, ended))
+            progress.log_means(optimizer, track)
+    progress.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images_per_s"] for row in rows] == [20.0, 8.0]
 
 
 def test_pictures_that_fail_do_not_end_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

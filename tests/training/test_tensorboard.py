@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Command, browser_tab, encoded, photo, tar_bytes
 
-from hyperprior.watch.summaries import CHARTS, tags_of
+from hyperprior.metric_table import METRICS
+from hyperprior.watch.summaries import CHARTS
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -36,12 +37,15 @@ def test_tensorboard_shows_charts_pictures_latents_and_the_run(hyperprior: Comma
                     for text in texts:
                         tab.get_by_text(text, exact=True).first.wait_for(timeout=60_000)
 
-                open_page("custom_scalars", *CHARTS, *tags_of(CHARTS["Is it learning?"]))
-                open_page("timeseries", "data/skipped", "gdn/g_a/1/beta")
-                open_page("histograms", "latents/y")
-                open_page("hparams", "loss.lambda", "train.proxy", "val.quality/psnr_db")
-                open_page("text", "config", "latents/dearest")
-                open_page("images", "reconstruction/0", "reconstruction/1", "rd_plane")
+                open_page("custom_scalars", *CHARTS, *(METRICS[name].title for name in CHARTS["Is it learning?"]))
+                open_page("timeseries", "1_learning", "1_learning/loss")
+                heads = tab.locator(".group-name, .tag-group-title, card-group-toolbar").all_inner_texts()
+                assert heads[0].startswith("1_learning"), heads
+                open_page("timeseries", "3_data/skipped", "7_gdn/g_a/1/beta")
+                open_page("histograms", "6_latents/y")
+                open_page("hparams", "loss.lambda", "train.proxy", "val.1_learning/psnr_db")
+                open_page("text", "config", "costliest_channels")
+                open_page("images", "4_pictures/reconstruction_0", "4_pictures/reconstruction_1", "4_pictures/rd_plane")
                 pictures = tab.locator("img")
                 pictures.nth(2).wait_for()
                 for index in range(3):

@@ -123,11 +123,14 @@ def test_divergence_is_detected_before_it_changes_the_weights(
 def test_a_run_writes_the_documented_files(
     hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
 ) -> None:
+    (tmp_path / "source").mkdir()
+    flat_tar.rename(tmp_path / "source" / "flat.tar")
+    (tmp_path / "source" / "phone.HEIC").write_bytes(b"x")
     arguments = [
         "train",
         empty_config,
         *TINY,
-        f"data.train=[{flat_tar}]",
+        "data.train=[source]",
         "data.val_split=0.2",
         "data.test_split=0.2",
         "train.steps=10",
@@ -154,6 +157,7 @@ def test_a_run_writes_the_documented_files(
     )
     assert f"PSNR {result['psnr_db']:.2f} dB" in output and "tensorboard --logdir r" in output
     assert "10/10  loss" in output  # plain lines without a terminal
+    assert "ignored  files that are no training images: .heic 1\n" in output
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar import layout_pb2
@@ -164,28 +168,30 @@ def test_a_run_writes_the_documented_files(
         events = EventAccumulator(str(run / split), size_guidance={"tensors": 0})
         events.Reload()
         events_of[split] = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"]}
-    common = {"rd/loss", "rd/bpp", "rd/distortion", "rate/y", "rate/z", "quality/psnr_db"}
+    common = {f"1_learning/{name}" for name in ("loss", "bpp", "psnr_db")}
+    common |= {f"5_details/{name}" for name in ("distortion", "bpp_y", "bpp_z")}
     assert (
         common
         | {
-            "optim/learning_rate",
-            "optim/gradient_norm",
-            "speed/images_per_s",
-            "speed/input_wait",
-            "data/skipped",
+            "5_details/learning_rate",
+            "5_details/gradient_norm",
+            "2_speed/images_per_s",
+            "2_speed/input_wait",
+            "3_data/skipped",
             "config",
         }
         <= events_of["train"].keys()
     )
-    shown = {"reconstruction/0", "reconstruction/1", "scales/log2", "latents/y", "latents/zeros", "latents/dearest"}
-    assert common | shown | {"rd_plane", "gdn/g_a/1/gamma", "gdn/g_s/5/beta"} <= events_of["val"].keys()
-    assert [e.step for e in events_of["train"]["rd/loss"]] == [5, 10]
-    for row, event in zip(lines(run, "train"), events_of["train"]["rd/loss"]):
+    shown = {f"4_pictures/{name}" for name in ("reconstruction_0", "reconstruction_1", "rd_plane")}
+    shown |= {"6_latents/log2_scales", "6_latents/y", "5_details/zeros_in_y", "costliest_channels"}
+    assert common | shown | {"7_gdn/g_a/1/gamma", "7_gdn/g_s/5/beta"} <= events_of["val"].keys()
+    assert [e.step for e in events_of["train"]["1_learning/loss"]] == [5, 10]
+    for row, event in zip(lines(run, "train"), events_of["train"]["1_learning/loss"]):
         assert make_ndarray(event.tensor_proto) == pytest.approx(row["loss"], rel=1e-6)
-    width, height, png = events_of["val"]["reconstruction/0"][0].tensor_proto.string_val
-    # Four panels of 64 pixels, each enlarged to 256, three gaps of 4, and two lines of text.
-    assert png[1:4] == b"PNG" and (int(width), int(height)) == (4 * 256 + 12, 256 + 36)
-    assert b"channels of y that cost most" in events_of["val"]["latents/dearest"][0].tensor_proto.string_val[0]
+    width, height, png = events_of["val"]["4_pictures/reconstruction_0"][0].tensor_proto.string_val
+    # Two rows of two panels of 64 pixels, each enlarged to 256, with a gap of 4 and lines of text.
+    assert png[1:4] == b"PNG" and int(width) == 2 * 256 + 4 and 2 * 256 < int(height) < 2.5 * 256
+    assert b"channels of y that cost most" in events_of["val"]["costliest_channels"][0].tensor_proto.string_val[0]
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= events_of[""].keys()
     layout = layout_pb2.Layout.FromString(events_of[""]["custom_scalars__config__"][0].tensor_proto.string_val[0])
     charts = [
@@ -193,7 +199,7 @@ def test_a_run_writes_the_documented_files(
     ]
     written = events_of["train"].keys() | events_of["val"].keys()
     # Every tag of a chart exists, except MS-SSIM: it needs larger images.
-    assert set(charts) - {"quality/ms_ssim"} <= written and "rd/loss" in charts
+    assert set(charts) - {"1_learning/ms_ssim"} <= written and "1_learning/loss" in charts
     assert b"num_filters: 8" in events_of["train"]["config"][0].tensor_proto.string_val[0]
 
     again = hyperprior(*arguments).stdout
