@@ -60,10 +60,12 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith("._"))
 
 
-def count_other_files(folder: Path, is_wanted: Callable[[str], bool]) -> Counter[str]:
-    """The number of unwanted files below a folder, by extension. Hidden files do not count."""
+def describe_other_files(folder: Path, known: Sequence[str], leave_out: Optional[Path] = None) -> str:
+    """A sentence on the files below a folder without one of the `known` suffixes, or "". Hidden files do not count."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return Counter(path.suffix.lower() for path in files if not is_wanted(path.name))
+    wanted = (path for path in files if leave_out is None or leave_out.resolve() not in path.resolve().parents)
+    others = Counter(path.suffix.lower() for path in wanted if not path.name.lower().endswith(tuple(known)))
+    return f"{folder} also holds files without an image suffix: {describe_suffixes(others)}" if others else ""
 
 
 def describe_too_large(num_bytes: int) -> str:
@@ -72,6 +74,7 @@ def describe_too_large(num_bytes: int) -> str:
 
 
 def describe_suffixes(counts: Counter[str]) -> str:
+    """The number of files of each extension, as text."""
     return ", ".join(f"{suffix or 'no extension'} {count:,}" for suffix, count in sorted(counts.items()))
 
 

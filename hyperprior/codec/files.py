@@ -142,7 +142,8 @@ def convert_all(
         at_the_end.callback(terminal.tell, rows)  # also after an error
         for done, job in enumerate(jobs, 1):
             try:
-                result, facts = convert(job, read_source(job.source))
+                data = read_source(job.source)
+                result, facts = convert(job, data)
             except (DataError, images.Unusable) as error:
                 kind = type(error) if isinstance(error, DataError) else DataError
                 errors.append(kind(f"{job.source}: {error}"))
@@ -154,10 +155,10 @@ def convert_all(
                 write_to_stdout(result)
             else:
                 storage.write_bytes(Path(job.target), result)
-            rows.append({"source": job.source, "target": job.target, **facts})
+            rows.append({"source": job.source, "target": job.target, "source_bytes": len(data), **facts})
             terminal.say(f"{job.source} → {job.target}  {describe_file(facts)}")
             track.update(done)
-    if len(jobs) > 1:
+    if len(jobs) != 1:  # none: all were left out, because their files exist
         terminal.say(describe_total([row for row in rows if "target" in row]))
     if errors:
         raise errors[0] if len(jobs) == 1 else DataError(f"{len(errors)} of {len(jobs)} files failed")
@@ -200,9 +201,8 @@ def compress(
     """`hyperprior compress`."""
     jobs = plan(sources, out, PHOTO_SUFFIXES, SUFFIX, existing)
     for folder in (path for path in map(Path, sources) if path.is_dir()):
-        others = images.count_other_files(folder, lambda name: name.lower().endswith((*PHOTO_SUFFIXES, SUFFIX)))
-        if others:
-            terminal.warn(f"{folder} also holds files without an image suffix: {images.describe_suffixes(others)}")
+        if others := images.describe_other_files(folder, (*PHOTO_SUFFIXES, SUFFIX)):
+            terminal.warn(others)
     codec = load(model, engine)
     codec.check_effort(effort)
 
@@ -300,19 +300,21 @@ def describe_file(facts: dict[str, Any]) -> str:
     """The line of facts of one file."""
     parts = [f"{facts['width']}x{facts['height']}"]
     if num_bytes := facts.get("bytes"):
-        parts.append(describe_rate(num_bytes, facts["width"] * facts["height"]))
+        parts.append(f"{num_bytes:,} bytes  {8 * num_bytes / (facts['width'] * facts['height']):.3f} bpp")
     parts.append(f"{facts['seconds']:.2f} s")
     parts.append(describe({name: facts[name] for name in QUALITIES if facts.get(name) is not None}))
     return "  ".join(filter(None, parts)) + "".join(f"\n  note: {note}" for note in facts.get("notes", ()))
 
 
-def describe_rate(num_bytes: int, pixels: int) -> str:
-    return f"{num_bytes:,} bytes  {8 * num_bytes / pixels:.3f} bpp"
-
-
 def describe_total(rows: Sequence[dict[str, Any]]) -> str:
-    """The last line of a command on several files."""
+    """The last line of a command on several files: sums, and means of the qualities over the files that have them."""
     parts = [f"{len(rows)} files"]
     if num_bytes := sum(row.get("bytes", 0) for row in rows):
-        parts.append(describe_rate(num_bytes, sum(row["width"] * row["height"] for row in rows)))
-    return "  ".join([*parts, f"{sum(row['seconds'] for row in rows):.1f} s"])
+        before = sum(row["source_bytes"] for row in rows)
+        pixels = sum(row["width"] * row["height"] for row in rows)
+        parts.append(f"{before:,} → {num_bytes:,} bytes ({num_bytes / before:.1%})  {8 * num_bytes / pixels:.3f} bpp")
+    parts.append(f"{sum(row['seconds'] for row in rows):.1f} s")
+    measured = {name: [row[name] for row in rows if row.get(name) is not None] for name in QUALITIES}
+    if means := describe({name: sum(values) / len(values) for name, values in measured.items() if values}):
+        parts.append(f"mean {means}")
+    return "  ".join(parts)

@@ -7,13 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Optional
 
 from hyperprior import images
 from hyperprior.data import shards, stream, tars
 from hyperprior.data.lanes import group_of
-from hyperprior.data.shards import Sample, Shard
+from hyperprior.data.shards import Ignored, Sample, Shard
 from hyperprior.errors import DataError
 from hyperprior.terminal import Terminal
 
@@ -82,12 +82,9 @@ class ImageFacts(NamedTuple):
 
 def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Terminal) -> Report:
     """Decodes every image of the sources as training does. Raises DataError for a source that cannot be opened."""
-    opened = shards.open_sources(sources, "source", allow_pipe=allow_pipe)
-    report = Report(shards=len(opened), patch_size=patch_size)
-    for folder in filter(Path.is_dir, map(Path, sources)):
-        report.ignored += images.count_other_files(
-            folder, lambda name: images.is_training_image(name) or tars.is_tar(name)
-        )
+    ignored: Ignored = {}
+    opened = shards.open_sources(sources, "source", allow_pipe=allow_pipe, ignored=ignored)
+    report = Report(shards=len(opened), patch_size=patch_size, ignored=sum(ignored.values(), Counter()))
     with (
         terminal.track("inspecting", len(opened)) as track,
         terminal.waiting() as wait_for,

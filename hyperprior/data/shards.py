@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,8 @@ from hyperprior.errors import ConfigError, DataError
 from hyperprior.images import MAX_BYTES, TRAINING_SUFFIXES, describe_too_large, is_training_image
 
 FILES_PER_PART = 1000  # a directory with more images is cut into parts
+
+Ignored = dict[str, Counter[str]]  # by directory: the number of its files that are no training images, by extension
 
 
 class Sample(NamedTuple):
@@ -122,9 +125,14 @@ def extension_of(name: str) -> str:
 
 
 def open_sources(
-    sources: Iterable[str], key: str, *, allow_pipe: bool = False, extensions: Iterable[str] = ()
+    sources: Iterable[str],
+    key: str,
+    *,
+    allow_pipe: bool = False,
+    extensions: Iterable[str] = (),
+    ignored: Optional[Ignored] = None,
 ) -> list[Shard]:
-    """The shards of a list of sources, in a fixed order.
+    """The shards of a list of sources, in a fixed order. Directories add to `ignored`, which need not be empty.
 
     `key` is the config key or command argument that errors name. Raises DataError for a source that is missing,
     unreadable, empty, or damaged as far as a quick check shows. Raises ConfigError for a source of unknown kind.
@@ -133,7 +141,7 @@ def open_sources(
     for source in sources:
         source_shards: list[Shard] = []
         for location in expand_braces(source):
-            source_shards += open_location(location, key, allow_pipe)
+            source_shards += open_location(location, key, allow_pipe, {} if ignored is None else ignored)
         if not source_shards:
             raise DataError(
                 f"{key}: {hide_secrets(source)} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))}) and no tar"
@@ -162,7 +170,7 @@ def is_remote(location: str) -> bool:
     return "://" in location or location.lower().startswith("pipe:")
 
 
-def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
+def open_location(location: str, key: str, allow_pipe: bool, ignored: Ignored) -> list[Shard]:
     """The shards of a tar, image, directory or URL. Raises as `open_sources` does."""
     is_pipe = location.lower().startswith("pipe:")
     if is_pipe and not allow_pipe:
@@ -175,7 +183,7 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
     path = Path(location).expanduser()
     try:
         if path.is_dir():
-            return open_directory(path, key, allow_pipe)
+            return open_directory(path, key, allow_pipe, ignored)
         size = path.stat().st_size
         if not path.is_file():
             raise DataError(f"{key}: {location} is neither a regular file nor a directory")
@@ -198,13 +206,14 @@ def open_location(location: str, key: str, allow_pipe: bool) -> list[Shard]:
     )
 
 
-def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
+def open_directory(path: Path, key: str, allow_pipe: bool, ignored: Ignored) -> list[Shard]:
     """The images below a directory as shards of at most FILES_PER_PART images, and the tars below it."""
 
     def raise_unreadable(error: OSError) -> None:
         raise DataError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
 
     images, inner_tars = [], []
+    others = ignored[str(path)] = Counter[str]()
     for folder, files in walk(path, raise_unreadable):
         for file in files:
             if is_tar(file):
@@ -213,7 +222,9 @@ def open_directory(path: Path, key: str, allow_pipe: bool) -> list[Shard]:
                 raise make_compressed_error(key, Path(folder, file))
             elif is_training_image(file):
                 images.append(Path(folder, file).relative_to(path).as_posix())
-    shards = [shard for tar in sorted(inner_tars) for shard in open_location(tar, key, allow_pipe)]
+            elif not file.startswith("."):
+                others[PurePosixPath(file).suffix.lower()] += 1
+    shards = [shard for tar in sorted(inner_tars) for shard in open_location(tar, key, allow_pipe, ignored)]
     if images:
         listing = Shard("files", str(path), str(path), files=tuple(sorted(images)))
         shards += listing.split(-(-len(images) // FILES_PER_PART))

@@ -6,10 +6,11 @@ A hash of a sample's key decides its split. So the split does not depend on the 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from hyperprior import config
 from hyperprior.data import lanes, shards
@@ -40,6 +41,7 @@ class Splits:
     val: Split
     test: Split
     test_name: str  # "test", or "val" if there are no test images
+    ignored: Counter[str] = field(default_factory=Counter)  # files in directories, by extension
 
     def fingerprint(self) -> str:
         """Identifies the data, whatever its folder, by the names, sizes and parts of shards and by the counted keys."""
@@ -60,12 +62,9 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool, terminal
 
     Raises DataError for every problem that can be found before training.
     """
-    sources = {
-        key: shards.open_sources(
-            getattr(settings, key), f"data.{key}", allow_pipe=settings.allow_pipe, extensions=settings.extensions
-        )
-        for key in config.SOURCES
-    }
+    ignored: shards.Ignored = {}
+    options: Any = {"allow_pipe": settings.allow_pipe, "extensions": settings.extensions, "ignored": ignored}
+    sources = {key: shards.open_sources(getattr(settings, key), f"data.{key}", **options) for key in config.SOURCES}
     whole = sources["train"]
     if not whole:
         raise DataError("data.train names no source; give tars, directories or URLs")
@@ -104,7 +103,8 @@ def open_splits(settings: config.Data, batch_size: int, *, count: bool, terminal
                 f"data.{name}_split={share}; give data.{name} sources"
             )
     train = train._replace(shards=lanes.ensure_enough_shards(whole, batch_size))
-    return Splits(train, val, test, "test") if test.images else Splits(train, val, val, "val")
+    held_out = (val, test, "test") if test.images else (val, val, "val")
+    return Splits(train, *held_out, sum(ignored.values(), Counter()))
 
 
 def make_split(all_shards: list[Shard], keep: Keep, keys: list[str], *, with_digest: bool) -> Split:

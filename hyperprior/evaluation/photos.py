@@ -31,8 +31,8 @@ class Photo:
 def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] = None) -> list[Photo]:
     """The images below `folder`, sorted by name, each decoded once. Raises DataError.
 
-    `warn` gets a message for each image that cannot be decoded. Images below `out` are left out: they are results of an
-    earlier evaluation.
+    `warn` gets a message on files without an image suffix, and one for each image that cannot be decoded. Files below
+    `out` are left out: they are results of an earlier evaluation.
     """
     try:
         list(folder.iterdir())  # raises where rglob would find nothing
@@ -42,6 +42,8 @@ def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] =
     paths = [path for path in paths if out is None or out.resolve() not in path.resolve().parents]
     if not paths:
         raise DataError(f"--images {folder} holds no image ({', '.join(PHOTO_SUFFIXES)})")
+    if others := images.describe_other_files(folder, PHOTO_SUFFIXES, leave_out=out):
+        warn(others)
     photos = []
     for path in paths:
         try:

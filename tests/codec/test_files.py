@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -321,7 +322,12 @@ def test_a_folder_is_compressed_and_decompressed_from_the_command_line(
     size = (tmp_path / "out" / "a.hyp").stat().st_size
     assert f"200x170  {size:,} bytes  {8 * size / 34000:.3f} bpp" in line and "MS-SSIM 0." in line and "dB" in line
     total = size + (tmp_path / "out" / "deep" / "b.c.hyp").stat().st_size
-    assert f"\n2 files  {total:,} bytes  {8 * total / (34000 + 96 * 80):.3f} bpp" in done.stdout
+    before = sum((tmp_path / "in" / name).stat().st_size for name in ("a.png", "deep/b.c.JPG"))
+    last = done.stdout.splitlines()[-1]
+    rate = f"{total:,} bytes ({total / before:.1%})  {8 * total / (34000 + 96 * 80):.3f} bpp"
+    assert last.startswith(f"2 files  {before:,} → {rate}  ")
+    each = [float(value) for value in re.findall(r"PSNR (\S+) dB", done.stdout)]
+    assert each[2] == pytest.approx((each[0] + each[1]) / 2, abs=0.011) and "mean PSNR" in last
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["a.hyp", "b.c.hyp"]
     hyperprior("decompress", "out", "-o", "back", "--format", "webp")
     with Image.open(tmp_path / "back" / "deep" / "b.c.webp") as image:

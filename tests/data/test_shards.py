@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import encoded, photo, photos, tar_bytes
 
+from hyperprior.config import load_config
 from hyperprior.data import lanes
 from hyperprior.data.inspect import inspect
 from hyperprior.data.lanes import Cursor, Keep, read_lane
 from hyperprior.data.shards import Shard, open_sources
+from hyperprior.data.splits import open_splits
 from hyperprior.errors import ConfigError, DataError
 from hyperprior.terminal import Terminal
 
@@ -47,6 +49,14 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "dir" / "notes.txt").write_text("no image")
     (tmp_path / "dir" / "._p000.jpg").write_bytes(b"what macOS leaves")
     return tmp_path / "dir"
+
+
+def test_files_that_are_no_training_images_are_counted_once(tmp_path: Path) -> None:
+    photo(1).save(tmp_path / "a.png")
+    for name in ("a.HEIC", "b.heic", "c.webp", "notes", ".hidden", "._a.png", "t.tar"):
+        (tmp_path / name).write_bytes(tar_bytes(photos(1)) if name == "t.tar" else b"x")
+    settings = load_config(None, [f"data.train=[{tmp_path}]", f"data.val=[{tmp_path}]", "data.test_split=0"]).data
+    assert open_splits(settings, 1, count=False).ignored == {".heic": 2, ".webp": 1, "": 1}
 
 
 @pytest.mark.parametrize("lane_count", [1, 3, 4, 8])

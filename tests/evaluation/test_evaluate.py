@@ -287,6 +287,15 @@ def test_models_get_distinct_names(models: dict[str, JpegModel]) -> None:
         evaluate.load_models([Path("a"), Path("x/../a")])
 
 
+def test_files_that_are_passed_over_are_counted(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "report.html").write_text("a result")
+    (folder / "phone.HEIC").write_bytes(b"x")
+    warnings: list[str] = []
+    evaluate.find_photos(folder, warnings.append, folder / "out")
+    assert warnings == [f"{folder} also holds files without an image suffix: .heic 1, .txt 1"]
+
+
 # The gate ---------------------------------------------------------------------------------------------------
 
 
