@@ -1,4 +1,4 @@
-"""The output of commands: a progress bar on a terminal, plain lines elsewhere, one-line errors, or JSON."""
+"""The output of commands: a live block on a terminal, plain lines elsewhere, one-line errors, or JSON."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from datetime import timedelta
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 LATE = 30  # seconds of waiting between two warnings
 PATIENCE = 4  # seconds that a process has to end by itself after a signal
 CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
-WIDE = 140  # characters; from this width on, a bar and the elapsed time also fit
+SPEED_PERIOD = 300  # seconds over which the speed is measured that predicts the time left
+NOTEBOOK = "JPY_PARENT_PID"  # set for the commands of a notebook: they have a terminal, but it cannot move its cursor
 
 
 class Terminal:
@@ -32,6 +36,7 @@ class Terminal:
         self.console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=quiet or as_json, stderr=to_stderr)
         self.as_json, self.to_stderr = as_json, to_stderr
         self.errors = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
+        self.is_live = False  # while a live block is shown
 
     def say(self, text: str | Table) -> None:
         self.console.print(show_controls(text) if isinstance(text, str) else text, markup=False)
@@ -42,7 +47,9 @@ class Terminal:
             print(json.dumps(result, indent=2), file=sys.stderr if self.to_stderr else sys.stdout)
 
     def warn(self, text: str) -> None:
-        self.errors.print(f"warning: {show_controls(text)}", style="yellow", markup=False)
+        # Beside a live block, only its own console knows where the cursor is.
+        console = self.console if self.is_live and self.errors.is_terminal else self.errors
+        console.print(f"warning: {show_controls(text)}", style="yellow", markup=False)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[Callable[[str], None]]:
@@ -69,40 +76,58 @@ class Terminal:
 
     @contextlib.contextmanager
     def track(self, label: str, total: int, done: int = 0) -> Iterator[Track]:
-        """Shows a progress display. Without a terminal only `Track.line` prints."""
-        if not self.console.is_terminal:
-            yield Track(self, None, total)
+        """Shows the progress of work: a live block on a terminal, the lines of `Track` elsewhere."""
+        track = Track(self, label, total, done)
+        if not self.console.is_interactive or self.console.quiet or NOTEBOOK in os.environ:
+            yield track
             return
-        wide = self.console.width >= WIDE
-        columns = (
-            TextColumn("{task.description}"),
-            *([BarColumn()] if wide else []),  # in a narrow terminal the step and the remaining time are more useful
-            MofNCompleteColumn(),
-            *([TimeElapsedColumn()] if wide else []),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(label, total=total, completed=done, note="")
-            yield Track(self, (progress, task), total)
+        with Live(get_renderable=track.render, console=self.console, refresh_per_second=4):
+            self.is_live = True
+            try:
+                yield track
+            finally:
+                self.is_live = False
 
 
 class Track:
-    def __init__(self, terminal: Terminal, bar: Optional[tuple], total: int):
-        self.terminal, self.bar, self.total = terminal, bar, total
+    """The progress of `total` pieces of work. `rows`: the lines below the bar of a live block, by label."""
 
-    def update(self, done: int, note: Optional[str] = None) -> None:
-        if self.bar:
-            progress, task = self.bar
-            width = self.terminal.console.width
-            room = width - (84 if width >= WIDE else 40)  # the columns before the note take 84 or 40
-            progress.update(task, completed=done, **({} if note is None else {"note": shorten_note(note, room)}))
+    def __init__(self, terminal: Terminal, label: str, total: int, done: int):
+        self.terminal, self.label, self.total = terminal, label, total
+        self.rows: dict[str, str] = {}
+        bar = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[time]}")
+        self.progress = Progress(*bar, console=terminal.console, expand=True, speed_estimate_period=SPEED_PERIOD)
+        self.progress.add_task(label, total=total, completed=done, time="")
+        (self.task,) = self.progress.tasks
 
-    def line(self, done: int, note: str) -> None:
-        """Shows a note beside the bar, or prints it as a line if there is no bar."""
-        self.update(done, note)
-        if not self.bar:
-            self.terminal.say(f"{done}/{self.total}  {note}")
+    def update(self, done: int) -> None:
+        self.progress.update(self.task.id, completed=done)
+
+    def line(self, note: str, label: str = "") -> None:
+        """Shows a note below the bar of a live block, or prints it as a line with the time left."""
+        if self.terminal.is_live:
+            self.rows[label] = note
+        else:
+            self.keep("  ".join(filter(None, (note, self.time_left()))))
+
+    def keep(self, note: str) -> None:
+        """Prints a note as a line, also above a live block."""
+        done = f"{self.task.completed:>{len(str(self.total))}.0f}/{self.total}  "
+        room = self.terminal.console.width - len(done) if self.terminal.is_live else len(note)
+        self.terminal.say(done + shorten_note(note, room))
+
+    def time_left(self) -> str:
+        seconds = self.task.time_remaining
+        return f"{timedelta(seconds=int(seconds))} left" if seconds else ""
+
+    def render(self) -> Group:
+        """The live block, in the width of the terminal."""
+        elapsed = timedelta(seconds=int(self.task.elapsed or 0))
+        self.progress.update(self.task.id, time=f"{elapsed} in all" if self.task.finished else self.time_left())
+        heads = {label: f"{label:<{len(self.label)}} " for label in tuple(self.rows)}
+        width = self.terminal.console.width
+        rows = (head + shorten_note(self.rows[label], width - len(head)) for label, head in heads.items())
+        return Group(self.progress, *(Text(show_controls(row), no_wrap=True, overflow="ellipsis") for row in rows))
 
 
 def show_controls(text: str) -> str:

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import TINY, Command, encoded, photo, photos, tar_bytes
-from rich.console import Console
 
 from hyperprior import cli, terminal
 from hyperprior.data.lanes import group_of
@@ -83,16 +82,58 @@ def test_colour_appears_only_on_a_terminal_and_never_with_no_color(hyperprior: C
     assert [bool(colour.search(shown)) for shown in (bright, plain, piped)] == [True, False, False]
 
 
-def test_progress_on_a_narrow_terminal_keeps_the_step_and_the_time_left() -> None:
-    shown = {}
-    for width in (80, 140):
-        terminal = Terminal()
-        terminal.console = Console(file=io.StringIO(), force_terminal=True, width=width)
-        with terminal.track("training", 12000) as track:
-            track.line(5342, "loss 1.5296  bpp 0.6883  PSNR 32.07 dB  42.0 images/s")
-        shown[width] = terminal.console.file.getvalue()  # type: ignore[attr-defined]
-    assert all("5342/12000" in text and "loss 1.5296" in text for text in shown.values())
-    assert "42.0 images/s" in shown[140] and "42.0" not in shown[80] and "…" not in shown[80]
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def show_progress(monkeypatch: pytest.MonkeyPatch, width: int, output: io.StringIO) -> str:
+    """What a run shows that goes on, validates, and skips a sample."""
+    for name, value in (("TERM", "xterm"), ("COLUMNS", str(width))):
+        monkeypatch.setenv(name, value)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, output)
+    terminal = Terminal()
+    with terminal.track("training", 120_000, 5000) as track:
+        track.line("loss 1.5296  bpp 0.6883  PSNR 32.07 dB  1234.5 images/s  waiting 100%", label="train")
+        track.rows["val"] = "loss 1.6012  bpp 0.7001  PSNR 31.80 dB  best 1.5932, 1,342 steps before"
+        track.update(5342)
+        track.keep("val  loss 1.6012  bpp 0.7001  PSNR 31.80 dB  MS-SSIM 0.9712  best")
+        terminal.warn("skipped a.jpg")
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_live_block_fits_the_terminal_and_leaves_a_history(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.delenv(terminal.NOTEBOOK, raising=False)
+    lines, at = [""], 0
+    for part in re.split("(\x1b\\[[0-9;?]*[a-zA-Z]|\n)", show_progress(monkeypatch, width, Screen())):
+        if part == "\n":
+            lines, at = [*lines, ""], at + 1
+        elif part == "\x1b[1A":
+            at -= 1
+        elif part == "\x1b[2K":
+            lines[at:] = [""]
+        elif not part.startswith("\x1b"):
+            lines[at] += part.strip("\r")
+            assert len(lines[at]) <= width
+    *history, bar, train, val, _ = lines
+    assert re.match("training [━╺╸]+ +5342/120000", bar)
+    assert "1234.5 images/s  waiting 100%" in train and val.endswith("best 1.5932, 1,342 steps before")
+    assert history[-2:] == [
+        "  5342/120000  val  loss 1.6012  bpp 0.7001  PSNR 31.80 dB  MS-SSIM 0.9712  best",
+        "warning: skipped a.jpg",
+    ]
+
+
+@pytest.mark.parametrize("is_notebook", [False, True])
+def test_a_file_and_a_notebook_get_plain_lines(monkeypatch: pytest.MonkeyPatch, is_notebook: bool) -> None:
+    if is_notebook:  # which has a terminal
+        monkeypatch.setenv(terminal.NOTEBOOK, "1")
+    lines = show_progress(monkeypatch, 80, Screen() if is_notebook else io.StringIO()).splitlines()
+    assert [line.split("  loss")[0].strip() for line in lines[:2]] == ["5000/120000", "5342/120000  val"]
+    assert "\x1b" not in "".join(lines[:2]) and "1234.5 images/s" in "".join(lines)
+    assert is_notebook or "\x1b" not in "".join(lines)
 
 
 def test_shells_complete_commands_and_options() -> None:

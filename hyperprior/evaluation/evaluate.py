@@ -160,7 +160,8 @@ def measure_photos(
             for baseline in chosen_baselines:
                 rows += [measure_baseline(baseline, value, photo, pixels, cache) for value in baseline.sweep]
             results = [f"{row['bpp']:.3f} bpp {row['psnr_db']:.2f} dB" for row in ours]
-            track.line(done, f"{photo.name}  {', '.join(results)}")
+            track.update(done)
+            track.line(f"{photo.name}  {', '.join(results)}")
     return rows, files
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Optional
 import numpy as np
 import tensorflow as tf
 
-from hyperprior import __version__, storage
+from hyperprior import __version__, images, storage
 from hyperprior.config import SOURCES, Config, flatten, render, without_secrets
 from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import open_splits
@@ -162,7 +162,7 @@ class Trainer:
             *(state.cursors, state.step, self.stop, self.terminal),
         )
         self.stop.begin_loop()
-        progress.restart_clock()
+        progress.restart_clock(time.perf_counter())
         with contextlib.closing(feed), Calls(self.train_steps, self.stop, state.failed) as calls:
             stopped = False
             if self.needs_validation_first():
@@ -221,7 +221,7 @@ class Trainer:
             calls.drain()
             self.raise_diverged(failed, state.step + done, world.gather(batches[done].keys))
         if done:
-            self.progress.add_sums(outcome.sums, outcome.all_reduce)
+            self.progress.add_sums(outcome)
             state.step += done
             state.failed = failed
             state.nonfinite += done - int(outcome.sums[-1])
@@ -342,20 +342,24 @@ class Trainer:
     def announce_run(self) -> None:
         """Prints the run, its data, model, devices and length."""
         state, splits, s, world = self.state, self.splits, self.settings, self.world
-        images = f"{splits.train.images} images in " if splits.train.images else ""
+        count = f"{splits.train.images} images in " if splits.train.images else ""
         test = "is val" if splits.test_name == "val" else f"{splits.test.images} images"
         parameters = sum(int(np.prod(v.shape)) for v in self.model.named_variables().values())
         epochs = f" of {self.timetable.epoch_steps} an epoch" if self.timetable.epoch_steps else ""
-        for line in (
-            f"run      {self.run}, " + (f"resumed at step {state.step}" if state.step else "new"),
-            f"data     train {images}{len(splits.train.shards)} shards; val {splits.val.images} images; test {test}",
+        best = "" if state.best.loss is None else f"; best validation {state.best.loss:.4f} at step {state.best.step}"
+        lines = [
+            f"run      {self.run}, " + (f"resumed at step {state.step}{best}" if state.step else "new"),
+            f"data     train {count}{len(splits.train.shards)} shards; val {splits.val.images} images; test {test}",
             f"model    N={s.model.num_filters}, M={s.model.latent_channels}, {parameters:,} parameters, "
             f"{s.train.precision}",
             f"devices  {world.environment()['devices']}, {world.replica_batch} patches of "
             f"{s.data.patch_size}x{s.data.patch_size} each, global batch {world.batch_size}",
             f"length   {self.timetable.total} steps{epochs}",
-        ):
-            self.terminal.say(line)
+            f"watch    tensorboard --logdir {self.run}",
+        ]
+        if splits.ignored:
+            lines.insert(2, f"ignored  files that are no training images: {images.describe_suffixes(splits.ignored)}")
+        self.terminal.say("\n".join(lines))
 
 
 def values_of(variables: dict[str, tf.Variable]) -> Arrays:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from hyperprior import metric_table
@@ -15,6 +14,7 @@ from hyperprior.config import Config
 from hyperprior.data.stream import Skip
 from hyperprior.errors import DataError
 from hyperprior.terminal import Terminal, Track
+from hyperprior.training.calls import Outcome
 from hyperprior.training.distribute import World
 from hyperprior.training.optimizer import Optimizer
 from hyperprior.training.resume import State
@@ -36,7 +36,7 @@ class Progress:
         self.pictures = pictures
         self.report = Summaries(run, state.step, terminal.warn, world.is_chief)
         self.is_tracing = False
-        self.restart_clock()
+        self.restart_clock(time.perf_counter())
 
     def close(self) -> None:
         self.profile(ended=True)
@@ -44,20 +44,21 @@ class Progress:
 
     # Training ---------------------------------------------------------------------------------------------
 
-    def restart_clock(self) -> None:
+    def restart_clock(self, began: float) -> None:
         """Starts the time over which speeds are measured. `waited_seconds` of it the devices had no input."""
-        self.began, self.all_reduce_seconds, self.waited_seconds = time.perf_counter(), 0.0, 0.0
+        self.began, self.all_reduce_seconds, self.waited_seconds = began, 0.0, 0.0
 
-    def add_sums(self, sums: np.ndarray, all_reduce_seconds: float) -> None:
-        """Adds the sums of a call (`steps.SUMMED`) to the means that `log_means` reports."""
-        for name, value in zip(SUMMED, map(float, sums)):
+    def add_sums(self, outcome: Outcome) -> None:
+        """Adds the sums of a call to the means that `log_means` reports."""
+        for name, value in zip(SUMMED, map(float, outcome.sums)):
             self.state.sums[name] = self.state.sums.get(name, 0.0) + value
-        self.all_reduce_seconds += all_reduce_seconds
+        self.all_reduce_seconds += outcome.all_reduce
+        self.ended = outcome.ended  # a later call may have ended by now
 
     def log_means(self, optimizer: Optimizer, track: Track) -> None:
         """Reports means over the steps since the last report."""
         state = self.state
-        seconds = max(time.perf_counter() - self.began, 1e-9)
+        seconds = max(self.ended - self.began, 1e-9)
         values = dict(state.sums)
         steps, norm, norms = max(values.pop("steps"), 1.0), values.pop("gradient_norm"), values.pop("norms")
         values = {name: total / steps for name, total in values.items()}
@@ -73,9 +74,10 @@ class Progress:
         values["lost_shards"] = state.counts.lost
         values["nonfinite"] = state.nonfinite
         self.report.write_scalars("train", state.step, values)
-        track.line(state.step, metric_table.describe(values, ("loss", "bpp", "psnr_db", "images_per_s")))
+        names = "loss", "bpp", "psnr_db", "images_per_s", "input_wait"
+        track.line(metric_table.describe(values, names), label="train")
         state.logged_step, state.sums = state.step, {}
-        self.restart_clock()
+        self.restart_clock(self.ended)
 
     def report_skips(self, skips: Sequence[Skip]) -> None:
         """Reports defective images and shards of all workers, each once. All workers must call this."""
@@ -112,7 +114,13 @@ class Progress:
         """Reports the means of a validation. Its `seconds` do not count in the training speed."""
         self.report.write_scalars("val", self.state.step, values)
         self.state.course.append((values["bpp"], values["psnr_db"]))
-        track.line(self.state.step, "validation  " + metric_table.describe(values))
+        best = self.state.best
+        verdict = ""
+        if best.loss is not None:
+            back = self.state.step - best.step
+            verdict = f"best {best.loss:.4f}, {back:,} steps before" if back else "best"
+        track.rows["val"] = f"{metric_table.describe(values, ('loss', 'bpp', 'psnr_db'))}  {verdict}"
+        track.keep(f"val  {metric_table.describe(values, metric_table.RESULT)}  {verdict}")
         self.began += seconds
 
     def show_pictures(self, optimizer: Optimizer) -> None:
@@ -149,15 +157,15 @@ def describe_result(result: dict[str, Any], run: Path) -> Sequence[str]:
     split = "the held-out test images" if result["split"] == "test" else "the validation images (no test split)"
     used = result["images"]
     total = result.get("split_images", used)  # missing in results of older runs
-    images = f"{used} images" if used == total else f"{used} of its {total} images (others are too small or broken)"
+    images = f"{used} images" if used == total else f"{used} of {total} images; others are too small or broken"
     if 0 < (large := result.get("ms_ssim_images", used)) < used:
         images += f" (MS-SSIM: the {large} that are large enough)"
     is_start = result["trained_steps"] and not result["step"]
     return [
-        f"result on {split}: {metric_table.describe(result)}",
-        f"         {images}, weights of step {result['step']} of {result['trained_steps']}"
+        f"result   {metric_table.describe(result, metric_table.RESULT)}",
+        f"         on {split}: {images}",
+        f"         with the weights of step {result['step']} of {result['trained_steps']}"
         + (": training found none better than the starting weights" if is_start else ""),
         f"run      {run}: config.yaml, checkpoints/, metrics.jsonl, results.json",
-        f"watch    tensorboard --logdir {run}",
         f"use      hyperprior compress IMAGE --model {run}",
     ]
