@@ -127,26 +127,23 @@ def save_arrays(
 
 
 def verify_zip(path: Path, most_bytes: Optional[int] = None) -> None:
-    """Checks every entry against its CRC-32. Raises BadZipFile, also if they hold more than `most_bytes` in all.
-
-    Without `most_bytes` they hold no more than the file, and so are not compressed.
-    """
+    """Checks every entry against its CRC-32. Raises BadZipFile, also if they hold more than `most_bytes` in all."""
     with zipfile.ZipFile(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
-        most_bytes = path.stat().st_size if most_bytes is None else most_bytes
-        if max(size, path.stat().st_size) > most_bytes:
+        if most_bytes is not None and size > most_bytes:
             raise zipfile.BadZipFile(f"it holds {size:,} bytes; at most {most_bytes:,} are read")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def load_arrays(path: Path, file_format: int | str, most_bytes: Optional[int] = None) -> tuple[Arrays, dict[str, Any]]:
-    """(arrays, state) of a file that `save_arrays` wrote, with at most `most_bytes` in all: by default, not compressed.
+    """(arrays, state) of a file that `save_arrays` wrote, with at most `most_bytes` in all.
 
+    Without `most_bytes` they take no more than the file itself, as those of checkpoints, which are not compressed.
     Raises ValueError with the reason if the file is damaged, ConfigError if the file has another format.
     """
     try:
-        verify_zip(path, most_bytes)
+        verify_zip(path, path.stat().st_size if most_bytes is None else most_bytes)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         for name, array in arrays.items():

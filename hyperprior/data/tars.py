@@ -150,9 +150,13 @@ def read_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def make_header_error(name: str, error: Exception) -> DataError:
     """The error for a tar whose headers gave one of BROKEN."""
-    return DataError(
-        f"{name} {error if isinstance(error, Refused) else f'is damaged or not an uncompressed tar: {error}'}"
-    )
+    reason = str(error) if isinstance(error, Refused) else f"is damaged or not an uncompressed tar: {error}"
+    return DataError(f"{name} {in_one_line(reason)}")
+
+
+def in_one_line(text: str) -> str:
+    """A text that contains names of members, which may have line breaks."""
+    return text.replace("\n", "\\n")
 
 
 class Entry(NamedTuple):
@@ -230,8 +234,8 @@ def list_images(path: str, offset: int, size: int, name: str, beside_tars: bool)
     inner = next((member.name for member in members if is_tar(member.name)), None)
     if inner and not beside_tars:
         raise DataError(
-            f"{name} holds the tar {inner} after images or inside an inner tar; a nested tar must begin with tars, "
-            f"and can be only one level deep: unpack the outer tar, or give the inner tars as separate sources"
+            f"{name} holds the tar {in_one_line(inner)} after images or inside an inner tar; a nested tar must begin "
+            f"with tars, and can be only one level deep: unpack the outer tar, or give the inner tars as separate sources"
         )
     return tuple(member for member in members if is_training_image(member.name))
 
@@ -286,7 +290,7 @@ def describe_compression(head: bytes) -> str:
 
 
 def make_damage_error(name: str, reason: str) -> DataError:
-    return DataError(f"{name} is damaged: {reason}; restore or leave out this shard")
+    return DataError(f"{name} is damaged: {in_one_line(reason)}; restore or leave out this shard")
 
 
 # Streaming ------------------------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
                 for member in read_headers(tar):
                     if member.isreg() and is_tar(member.name):
                         raise DataError(
-                            f"{name}: member {member.name} is a tar; nested tars are read in place from "
+                            f"{name}: member {in_one_line(member.name)} is a tar; nested tars are read in place from "
                             f"local files only; give the inner tars as separate URLs"
                         )
                     if is_training_image(member.name):
