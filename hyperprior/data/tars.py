@@ -235,7 +235,8 @@ def list_images(path: str, offset: int, size: int, name: str, beside_tars: bool)
     if inner and not beside_tars:
         raise DataError(
             f"{name} holds the tar {in_one_line(inner)} after images or inside an inner tar; a nested tar must begin "
-            f"with tars, and can be only one level deep: unpack the outer tar, or give the inner tars as separate sources"
+            f"with tars, and can be only one level deep: unpack the outer tar, or give the inner tars as separate "
+            f"sources"
         )
     return tuple(member for member in members if is_training_image(member.name))
 
