@@ -84,6 +84,7 @@ def peak_memory() -> float:
 
 def damage(rng: random.Random, data: bytes) -> bytes:
     """Flipped bits, other bytes, or a cut, somewhere."""
+    data = data or b"\0"
     result = bytearray(data)
     place = rng.randrange(len(data) + 1)
     kind = rng.choice(["flip", "flip", "flips", "bytes", "cut", "grown", "moved"])
@@ -712,7 +713,10 @@ def make_npz(folder: Path) -> Attempt:
 
     def to_npy(rng: random.Random, data: bytes) -> bytes:
         """A member of another type, shape or version, or that is no array."""
-        array = np.lib.format.read_array(io.BytesIO(data))
+        try:
+            array = np.lib.format.read_array(io.BytesIO(data))
+        except Exception:  # it was damaged before
+            return damage(rng, data)
         kind = rng.randrange(10)
         file = io.BytesIO()
         if kind == 0:
@@ -740,7 +744,7 @@ def make_npz(folder: Path) -> Attempt:
         elif kind == 5:
             return rng.choice([b"", b"x", b"\x93NUMPY", b"\x80\4K\1.", b"\x93NUMPY\3\0\xff\xff\xff\x7f"])
         else:
-            return damage(rng, data) if data else b""
+            return damage(rng, data)
         return file.getvalue()
 
     def damage_npz(rng: random.Random, data: bytes, tree: Any, compressions: Sequence[int]) -> bytes:
@@ -753,7 +757,7 @@ def make_npz(folder: Path) -> Attempt:
             name, content = members[at]
             kind = rng.choice(["array", "array", "state", "state", "state", "remove", "repeat", "rename"])
             if kind == "array":
-                members[at] = name, to_npy(rng, content) if content[:6] == b"\x93NUMPY" and len(content) > 80 else b"x"
+                members[at] = name, to_npy(rng, content)
             elif kind == "state":
                 changed = damage_tree(rng, tree)
                 at = [name for name, _ in members].index("state.npy") if "state.npy" in dict(members) else 0
