@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import struct
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,7 +122,7 @@ def save_arrays(
     save = np.savez_compressed if compressed else np.savez
     members: dict[str, Any] = {"state": np.frombuffer(text, np.uint8), **arrays}
     save(buffer, **members)
-    write_whole(path, lambda file: file.write(buffer.getbuffer()), check=lambda file: verify_zip(file, sys.maxsize))
+    write_whole(path, lambda file: file.write(buffer.getbuffer()), check=verify_zip)
 
 
 def verify_zip(path: Path, most_bytes: Optional[int] = None) -> None:
