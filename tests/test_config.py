@@ -170,7 +170,7 @@ def test_a_config_is_found_by_name_and_a_file_comes_first(tmp_path: Path, monkey
     for name in ("photo", "configs/photos.yaml", "d/photos", "../photos", "photos.yaml"):
         with pytest.raises(ConfigError) as error:
             load_config(name)
-        assert "a name: box, imagenet_ms_ssim, imagenet_mse, photos, quickstart" in str(error.value), name
+        assert "There are box, imagenet_ms_ssim, imagenet_mse, photos, quickstart" in str(error.value), name
         assert "\n" not in str(error.value) and "did you mean photos?" in str(error.value), name
 
 

@@ -56,10 +56,8 @@ def read_file(path: Path) -> dict[str, Any]:
         names = sorted(shipped.stem for shipped in SHIPPED.glob("*.yaml"))
         others = [str(other) for other in path.parent.glob("*.yaml")]
         close = difflib.get_close_matches(str(path), others, n=1) or difflib.get_close_matches(path.stem, names, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"config {path} cannot be read: {error.strerror}{hint}; give a YAML file, or a name: {', '.join(names)}"
-        ) from error
+        hint = f"did you mean {close[0]}? There are" if close else "give a YAML file, or one of"
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}; {hint} {', '.join(names)}") from error
     if tree is None:  # an empty file
         return {}
     if not isinstance(tree, dict):
