@@ -94,20 +94,18 @@ def train(
     """
     from hyperprior.config import load_config
     from hyperprior.terminal import Terminal
+    from hyperprior.training import train_and_export
 
     stack.restart_with_allocator()
     config, overrides = find_config(config, overrides or [], run)
     settings = load_config(config, overrides)
     terminal = Terminal(quiet, as_json=as_json)
     folder = run or Path("runs") / config.stem
-    stack.start_tensorflow(settings.train.precision)
-    from hyperprior.training import export as exporting
-    from hyperprior.training import loop, progress
-
-    result = loop.train(settings, folder, terminal, owns_process=True)
-    if result is None:  # only the chief exports
+    result = train_and_export(settings, folder, terminal, owns_process=True)
+    if result is None:  # not the chief
         return
-    exporting.export(folder, None, terminal, data=settings.data)
+    from hyperprior.training import progress  # needs TensorFlow, which has started now
+
     for line in progress.describe_result(result, folder):
         terminal.say(line)
     terminal.tell({"run": str(folder), **result})

@@ -60,11 +60,15 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith("._"))
 
 
+def is_below(path: Path, folder: Optional[Path]) -> bool:
+    return folder is not None and folder.resolve() in path.resolve().parents
+
+
 def describe_other_files(folder: Path, known: Sequence[str], leave_out: Optional[Path] = None) -> str:
     """A sentence on the files below a folder without one of the `known` suffixes, or "". Hidden files do not count."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    wanted = (path for path in files if leave_out is None or leave_out.resolve() not in path.resolve().parents)
-    others = Counter(path.suffix.lower() for path in wanted if not path.name.lower().endswith(tuple(known)))
+    unknown = (path for path in files if not path.name.lower().endswith(tuple(known)))
+    others = Counter(path.suffix.lower() for path in unknown if not is_below(path, leave_out))
     return f"{folder} also holds files without an image suffix: {describe_suffixes(others)}" if others else ""
 
 

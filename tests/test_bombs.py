@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import resource
 import struct
 import tarfile
 import zipfile
@@ -16,17 +15,13 @@ from typing import Any
 import forked
 import pytest
 from conftest import encoded, photo
+from fuzz import peak_memory
 
 from hyperprior import images
 from hyperprior.data import tars
 from hyperprior.errors import DataError
 
 MOST_GROWTH = 128  # MiB; the smallest bomb would take 280
-
-
-def peak_memory() -> float:
-    """Of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run_in_child(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -133,7 +133,8 @@ def refuse_sparse(header: tarfile.TarInfo) -> NoReturn:
 def read_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The header of each member that is no folder. Raises BROKEN."""
     for header in tar:
-        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers in memory, each with a copy of the tar's global header
+        # Otherwise tarfile keeps every header in memory, each with a copy of the tar's global header.
+        tar.members = []  # type: ignore[attr-defined]
         if header.size < 0:  # tarfile would go back, and read the same headers for ever
             raise Refused(f"is damaged: member {header.name} has a size of {header.size}")
         if not header.pax_headers.get("size", "0").isdecimal():  # tarfile would take it for 0

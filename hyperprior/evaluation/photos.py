@@ -39,7 +39,7 @@ def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] =
         paths = images.list_files(folder, PHOTO_SUFFIXES)
     except OSError as error:
         raise DataError(f"--images {folder} cannot be read: {error.strerror}; give a directory of images") from error
-    paths = [path for path in paths if out is None or out.resolve() not in path.resolve().parents]
+    paths = [path for path in paths if not images.is_below(path, out)]
     if not paths:
         raise DataError(f"--images {folder} holds no image ({', '.join(PHOTO_SUFFIXES)})")
     if others := images.describe_other_files(folder, PHOTO_SUFFIXES, leave_out=out):

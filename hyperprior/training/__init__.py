@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 if TYPE_CHECKING:
     from hyperprior.config import Config
+    from hyperprior.terminal import Terminal
 
 
 def train(
@@ -47,18 +48,25 @@ def train(
     the training raise Stopped after the current step and a checkpoint; the same call then continues. This needs the
     main thread: in another one, signals keep their meaning.
     """
-    from hyperprior import stack  # `import hyperprior` stays fast
-    from hyperprior.config import load_config
+    from hyperprior.config import load_config  # `import hyperprior` stays fast
     from hyperprior.errors import ConfigError
     from hyperprior.terminal import Terminal
 
     if "://" in str(run):
         raise ConfigError(f"run is {str(run).partition('?')[0]}; it must be a local directory")
-    settings, folder, terminal = load_config(config, overrides), Path(run), Terminal(quiet)
+    return train_and_export(load_config(config, overrides), Path(run), Terminal(quiet))
+
+
+def train_and_export(
+    settings: Config, run: Path, terminal: Terminal, owns_process: bool = False
+) -> Optional[dict[str, Any]]:
+    """What `train` and the command have in common. `owns_process`: see `loop.train`."""
+    from hyperprior import stack
+
     stack.start_tensorflow(settings.train.precision)
     from hyperprior.training import export, loop
 
-    result = loop.train(settings, folder, terminal)
-    if result is not None:
-        export.export(folder, None, terminal)
+    result = loop.train(settings, run, terminal, owns_process)
+    if result is not None:  # only the chief exports
+        export.export(run, None, terminal, data=settings.data)
     return result

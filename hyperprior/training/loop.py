@@ -118,9 +118,13 @@ class Trainer:
 
     def check_held_out(self) -> None:
         train = self.settings.train
-        if not self.splits.val.images and (train.schedule == "plateau" or train.early_stopping_patience):
-            key = "train.schedule=plateau" if train.schedule == "plateau" else "train.early_stopping_patience"
-            raise ConfigError(f"{key} follows the validations, but no images are held out; set data.val")
+        following = {
+            "train.schedule=plateau": train.schedule == "plateau",
+            "train.early_stopping_patience": train.early_stopping_patience is not None,
+        }
+        for key, is_set in following.items():
+            if is_set and not self.splits.val.images:
+                raise ConfigError(f"{key} follows the validations, but no images are held out; set data.val")
         self.evaluator.check_split("val", self.splits.val)
         self.evaluator.check_split(self.splits.test_name, self.splits.test)
 

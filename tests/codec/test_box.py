@@ -86,7 +86,8 @@ def test_the_gate_passes_the_models_in_the_box_and_fails_a_damaged_one(
     assert output.count("is as good") == len(names)
     for point in json.loads((tmp_path / "results" / "summary.json").read_text())["points"]:
         # The estimate has no header: 33 bytes, which are 0.3% of the files of q1-ms-ssim.
-        assert abs(point["estimated_bpp"] / (point["bpp"] - 8 * 33 / (768 * 512)) - 1) < 0.005, point
+        header = 8 * 33 / (768 * 512) if point["point"] == "q1-ms-ssim" else 0.0
+        assert abs(point["estimated_bpp"] / (point["bpp"] - header) - 1) < 0.005, point
     # One weight in twenty of a layer of g_s becomes 0, and the description gets the fingerprint of the new weights.
     arrays, state = storage.load_arrays(BOX["q3"], box.FORMAT, MOST_BYTES)
     arrays["g_s/2/kernel"].reshape(-1)[::20] = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from hyperprior import config
 from hyperprior.data.stream import Counts
 from hyperprior.terminal import Terminal
 from hyperprior.training import steps
+from hyperprior.training.calls import Outcome
 from hyperprior.training.distribute import World
 from hyperprior.training.optimizer import Optimizer
 from hyperprior.training.progress import Progress
@@ -183,9 +185,9 @@ def test_the_mean_norm_is_over_the_steps_that_have_one(tmp_path: Path) -> None:
     assert [(each[norms], each[-1]) for each in sums] == [(3, 3), (0, 3)] and sums[0][norm] > 0
     for number, group in enumerate((sums, sums[1:]), 1):
         for each in group:
-            progress.add_sums(each, 0.0)
+            progress.add_sums(Outcome(3, False, 0, each, Counts(), 0.0, time.perf_counter()))
         state.step = number
-        progress.log_means(call.optimizer, SimpleNamespace(line=lambda *words: None))  # type: ignore[arg-type]
+        progress.log_means(call.optimizer, SimpleNamespace(line=lambda *words, **label: None))  # type: ignore[arg-type]
     progress.close()
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["gradient_norm"] == pytest.approx(sums[0][norm] / 3) and "gradient_norm" not in second
