@@ -249,4 +249,5 @@ def end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's handler would only take note of the signal
             os.kill(os.getpid(), signal.SIGTERM)

@@ -109,8 +109,12 @@ def test_a_signal_while_a_run_starts_stops_that_run(
 
 
 def test_a_run_whose_sweep_died_before_it_began_ends() -> None:
-    process = subprocess.Popen(["sleep", "60"], preexec_fn=functools.partial(sweep.end_with_parent, 1))
-    assert process.wait(50) == -signal.SIGTERM
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # as in a sweep, and inherited by its children
+    try:
+        process = subprocess.Popen(["sleep", "60"], preexec_fn=functools.partial(sweep.end_with_parent, 1))
+        assert process.wait(50) == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_wrong_sweep_is_refused_before_anything_is_trained(
