@@ -264,8 +264,8 @@ def rows_of(whole: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
 
 
-def explore(folder: Path, examples: int, rules: int) -> Counter[str]:
-    """Runs `examples` sequences of at most `rules` rules. Prints and returns how often each command ran."""
+def make_machine(folder: Path) -> type[RunDirectory]:
+    """The rules for runs in `folder`, with the uninterrupted run to compare with."""
     (folder / "empty.yaml").write_text("seed: 0\n")
     (folder / "photos").mkdir()
     photo(1).save(folder / "photos" / "a.png")
@@ -283,6 +283,12 @@ def explore(folder: Path, examples: int, rules: int) -> Counter[str]:
 
     Machine.folder, Machine.arguments, Machine.whole = folder, arguments, folder / "whole" / "whole"
     Machine.done = Counter()
+    return Machine
+
+
+def explore(folder: Path, examples: int, rules: int) -> Counter[str]:
+    """Runs `examples` sequences of at most `rules` rules. Prints and returns how often each command ran."""
+    machine = make_machine(folder)
     chosen = settings(
         max_examples=examples,
         stateful_step_count=rules,
@@ -293,14 +299,24 @@ def explore(folder: Path, examples: int, rules: int) -> Counter[str]:
         suppress_health_check=list(HealthCheck),
     )
     try:
-        run_state_machine_as_test(Machine, settings=chosen)  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(machine, settings=chosen)  # type: ignore[no-untyped-call]
     finally:
-        print(dict(Machine.done))
-    return Machine.done
+        print(dict(machine.done))
+    return machine.done
 
 
-def test_a_few_histories_lose_nothing(tmp_path: Path) -> None:
-    assert explore(tmp_path, 2, 5)["examples"] == 2
+def test_a_history_with_every_kind_of_event_loses_nothing(tmp_path: Path) -> None:
+    history = make_machine(tmp_path)()
+    history.begin(4)
+    history.copy_a_file_beside(COPIES[0], newest=True)
+    history.keep_a_note("mine")
+    history.kill(35, 9)
+    history.damage("newest", 0.5, cut=False)
+    history.damage("metrics.jsonl", 0.5, cut=True)
+    history.fill_the_disk(25, 10, 30_000)
+    history.delete("best.npz")
+    history.use("export")
+    history.teardown()
 
 
 def test_damaged_lines_of_the_log_are_left_out_and_the_rest_stays(tmp_path: Path) -> None:
