@@ -145,7 +145,7 @@ class Codec:
             y, z = self.latents_of([images[i] for i in group])
             if effort:
                 for place, i in enumerate(group):
-                    # Slices are views: this changes y.
+                    # Slices are views: this changes y and z.
                     self.improve(y[place : place + 1], z[place : place + 1], images[i], effort)
             for i, stream in zip(group, self.encode(y, z, [sizes[i] for i in group])):
                 files[i] = container.write(stream)
@@ -168,15 +168,10 @@ class Codec:
         return images
 
     def check_effort(self, effort: int) -> None:
-        """Raises ConfigError for an effort below 0, and for one above 0 if the model was not trained for MSE, or if
-        there is no TensorFlow, whose gradients the search needs."""
+        """Raises ConfigError for an effort below 0, and for one above 0 if there is no TensorFlow, whose gradients the
+        search needs."""
         if effort < 0:
             raise ConfigError(f"effort is {effort}; it must be a number of rounds, 0 or more")
-        if effort and self.config.loss.metric != "mse":
-            raise ConfigError(
-                f"effort is {effort}, a search for smaller squared errors; {self.origin} was trained for "
-                f"{self.config.loss.metric}: set effort to 0"
-            )
         if effort:
             stack.start_tensorflow()
 
@@ -224,21 +219,25 @@ class Codec:
         return np.clip(y, INT16.min, INT16.max, out=y), z
 
     def improve(self, y: np.ndarray, z: np.ndarray, image: np.ndarray, effort: int) -> None:
-        """Changes `y` [1, h, w, M] to cheaper latents, tile by tile. A tile sees the changes of earlier tiles."""
-        weight = lagrangian(0.0, 1.0 / 3.0, self.config.loss.lmbda, "mse")  # MSE averages over channels
-        search = self.tensorflow_engine.search
+        """Changes `y` [1, h, w, M] and `z` to cheaper latents, tile by tile. A tile sees the changes of earlier tiles.
+
+        For a model trained for MS-SSIM, only `z` changes, so the decoded image stays the same.
+        """
+        loss = self.config.loss
+        weight = lagrangian(0.0, 1.0 / 3.0, loss.lmbda, "mse") if loss.metric == "mse" else 0.0  # MSE averages channels
         for rows, columns in tiles(z.shape, TILE // Z_ELEMENTS, SEARCH_MARGIN):
-            sums = self.engine.index_sums(z[:, rows.source(), columns.source()])
-            scales = exact.scales(sums, self.config.model)
-            place = (slice(None), rows.source(Z_ELEMENTS), columns.source(Z_ELEMENTS))
+            place = (slice(None), rows.source(), columns.source())
+            y_place = (slice(None), rows.source(Z_ELEMENTS), columns.source(Z_ELEMENTS))
             x = cut_pixels(image, rows.scaled(Z_ELEMENTS), columns.scaled(Z_ELEMENTS))
             is_image = np.zeros((1, *x.shape[:2], 1), np.float32)  # the rest is padding
             height, width = image.shape[0] - rows.begin * DOWNSAMPLING, image.shape[1] - columns.begin * DOWNSAMPLING
             is_image[:, :height, :width] = 1.0
-            may_change = np.zeros((1, *y[place].shape[1:3], 1), np.float32)
-            may_change[:, rows.inside(Z_ELEMENTS), columns.inside(Z_ELEMENTS)] = 1.0
+            may_change = np.zeros((1, *z[place].shape[1:3], 1), np.float32)
+            may_change[:, rows.inside(), columns.inside()] = 1.0
             x = x[None] / np.float32(255.0)
-            y[place] = search(y[place], scales, x, is_image, may_change, weight, effort)
+            y[y_place], z[place] = self.tensorflow_engine.search(
+                y[y_place], z[place], x, is_image, may_change, weight, effort
+            )
 
     def indexes(self, z: np.ndarray, rows: Span) -> np.ndarray:
         """The table of each element of y in a strip of rows of z: [B, 4h, w, M] int32."""

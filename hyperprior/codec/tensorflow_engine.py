@@ -30,8 +30,9 @@ class TensorFlowEngine:
         self.coder: Any = native.Coder(operations, coder.counts.lookup) if operations else coder
         self.layers, self.z_offsets = layers, z_offsets
         self.model = ScaleHyperprior(settings)
-        del self.model.h_s  # `layers` replaces it
-        storage.assign_arrays(self.model.named_variables(), weights, "the model")
+        # `layers` replaces h_s where the result must be exact.
+        all_weights = {**weights, **exact.weights(layers, settings)}
+        storage.assign_arrays(self.model.named_variables(), all_weights, "the model")
         m, c = settings.latent_channels, settings.hyper_channels
 
         def as_graph(run: Any, channels: int, dtype: tf.DType) -> Any:
@@ -41,7 +42,7 @@ class TensorFlowEngine:
         self.hyper_analyse = as_graph(self.hyper_analyse_in_graph, m, tf.float32)
         self.index_sums = as_graph(self.index_sums_in_graph, c, tf.int32)
         self.synthesise = as_graph(self.synthesise_in_graph, m, tf.float32)
-        shapes = [[1, None, None, channels] for channels in (m, m, 3, 1, 1)]
+        shapes = [[1, None, None, channels] for channels in (m, c, 3, 1, 1)]
         signature = [*(tf.TensorSpec(shape, tf.float32) for shape in shapes)]
         signature += [tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.int32)]
         self.search = make_graph(self._search, signature)
@@ -75,18 +76,14 @@ class TensorFlowEngine:
         x = tf.clip_by_value(self.model.g_s(y), 0.0, 1.0)
         return tf.cast(tf.round(x * 255.0), tf.uint8)
 
-    def _search(
-        self,
-        y: tf.Tensor,
-        scales: tf.Tensor,
-        x: tf.Tensor,
-        real: tf.Tensor,
-        inside: tf.Tensor,
-        weight: tf.Tensor,
-        rounds: tf.Tensor,
-    ) -> tf.Tensor:
-        """`search.search` with this model's g_s."""
-        return search.search(self.model.g_s, y, scales, x, real, inside, weight, rounds)
+    def _search(self, *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """`search.search` with this model's transforms and prior; `inputs`: its arguments from `y` on."""
+        offsets = exact.offset_values(self.z_offsets)
+
+        def log_scales(z: tf.Tensor) -> tf.Tensor:
+            return tf.math.log(self.model.scales(self.model.h_s(z + offsets)))
+
+        return search.search(self.model.g_s, log_scales, lambda z: self.model.prior.bits_each(z + offsets), *inputs)
 
 
 def make_graph(run: Any, signature: list[tf.TensorSpec]) -> Any:
@@ -96,9 +93,9 @@ def make_graph(run: Any, signature: list[tf.TensorSpec]) -> Any:
     """
     traced = functools.lru_cache(tf.function(run, input_signature=signature, autograph=False).get_concrete_function)
 
-    def call(*inputs: Any) -> np.ndarray:
+    def call(*inputs: Any) -> Any:
         tensors = (tf.convert_to_tensor(value, spec.dtype) for value, spec in zip(inputs, signature))
-        return traced()(*tensors).numpy()
+        return tf.nest.map_structure(lambda result: result.numpy(), traced()(*tensors))
 
     return call
 

@@ -19,7 +19,7 @@ TILE = 64  # elements of y along a side: 1024 pixels
 STRIP_ROWS, STRIP_AREA = 4, 4096  # rows of z at least, elements of z at most; images below 16 megapixels are one strip
 # How far the transforms reach: g_a 30 pixels, g_s 2 elements of y, h_a 7 of y, h_s 2 of z.
 G_A_MARGIN, G_S_MARGIN, H_A_MARGIN, H_S_MARGIN = 2, 2, 2, 2  # in elements of y, y, z, z
-SEARCH_MARGIN = 2  # in elements of z: the error's gradient reaches 4 elements of y, h_s 2 of z
+SEARCH_MARGIN = 2  # in elements of z: the error's gradient reaches 4 elements of y, that of the bits 2 of z
 BATCH_PIXELS = 2**20  # images are batched up to this many pixels
 
 

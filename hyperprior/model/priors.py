@@ -43,7 +43,11 @@ class FactorizedPrior(tf.Module):
         self.parameters = {f"{kind}_{i}": v for kind, group in groups.items() for i, v in enumerate(group)}
 
     def bits(self, z: tf.Tensor) -> tf.Tensor:
-        """−log2 p(z), summed over all but the first axis: [B].
+        """−log2 p(z), summed over all but the first axis: [B]."""
+        return tf.reduce_sum(self.bits_each(z), axis=(1, 2, 3))
+
+    def bits_each(self, z: tf.Tensor) -> tf.Tensor:
+        """−log2 p of each value, in z's shape.
 
         A value counts at most MAX_BITS, its cost in a file. Its gradient is still that of −log2 p.
         """
@@ -55,7 +59,7 @@ class FactorizedPrior(tf.Module):
         log_large, log_small = tf.math.log_sigmoid(large), tf.math.log_sigmoid(small)
         log_mass = log_large + tf.math.log1p(-tf.exp(log_small - log_large))
         each = limit_bits(log_mass[:, 0] * (-1.0 / math.log(2.0)))
-        return tf.reduce_sum(tf.reshape(tf.reduce_sum(each, axis=0), (tf.shape(z)[0], -1)), axis=1)
+        return tf.reshape(tf.transpose(each), tf.shape(z))
 
     def _logits(self, x: tf.Tensor) -> tf.Tensor:
         """The network: [C, 1, values], the logit of the cumulative density of each value."""
