@@ -30,7 +30,7 @@ def save(codec: Codec, operations: Any, folder: Path) -> None:
     `Codec.compress` gives for images of one tile.
     """
     module, engine = tf.Module(), codec.tensorflow_engine
-    module.weights = list(engine.model.named_variables().values())
+    module.weights = [v for name, v in engine.model.named_variables().items() if not name.startswith("h_s/")]
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8, "image")], autograph=False)
     def compress(image: tf.Tensor) -> Any:
