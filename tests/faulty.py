@@ -1,7 +1,7 @@
 """Runs `hyperprior` with faults or probes: FAULT=VALUE... COMMAND ARGUMENTS...
 
 keys=FOLDER     writes the sample keys of every training step to FOLDER/worker-N.txt
-nan=STEP,...    the noise of the last worker is NaN at these steps, and so are its loss and gradients
+nan=STEP,...    the noise of worker 1 is NaN at these steps, and so are its loss and gradients
 clock=SECONDS   every second reading of the clock is this much later
 slow=SECONDS    each chunk of steps takes this much longer
 die=WORKER,NAME this worker kills itself with SIGKILL when it calls a function that marks a phase: see `PHASES`
@@ -24,9 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-PLACE = json.loads(os.environ.get("TF_CONFIG", '{"cluster": {"worker": [""]}, "task": {"index": 0}}'))
-WORKER = PLACE["task"]["index"]
-LAST_WORKER = len(PLACE["cluster"]["worker"]) - 1
+WORKER = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("index", 0)
 
 # Phases of a run, each with the function whose call begins it.
 PHASES = {
@@ -70,7 +68,7 @@ def nan(steps: str) -> None:
 
     def uniform_noise(shape: Any, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:
         now = tf.reduce_any([step == int(bad) for bad in steps.split(",")])
-        return tf.where(now & (WORKER == LAST_WORKER), float("nan"), original(shape, seed, step, lanes))
+        return tf.where(now & (WORKER == 1), float("nan"), original(shape, seed, step, lanes))
 
     priors.uniform_noise = uniform_noise
 

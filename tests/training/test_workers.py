@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import forked
 import numpy as np
 import pytest
 from conftest import TINY, Command, photos, tar_bytes
@@ -82,9 +81,9 @@ def test_nan_on_one_worker_stops_all_before_the_weights_change_or_is_skipped(
     assert (run["step"], run["nonfinite"], run["failed"]) == (9, 2, 0)  # type: ignore[index]
     assert all(np.isfinite(value).all() for value in arrays.values()) and arrays["optimizer/updates"] == 7
     assert [row["nonfinite"] for row in lines(tmp_path / "skips", "train")] == [0] * 5 + [1] + [2] * 3
-    limited = ["train", *map(str, arguments), "train.on_nonfinite=skip", "train.max_nonfinite=2", "--run", "limited"]
-    result = forked.run(limited, tmp_path, ["nan=5,6"])
-    assert result.returncode == 4 and "not finite 2 times in a row, last at step 6" in result.stderr
+    limited = [*arguments, "train.on_nonfinite=skip", "train.max_nonfinite=2", "--run", "limited"]
+    for code, said in ends(start(tmp_path, 2, *limited, faults=["nan=5,6"])):
+        assert code == 4 and "not finite 2 times in a row, last at step 6" in said
 
 
 def test_workers_that_differ_are_refused_with_the_difference(tmp_path: Path, arguments: list[object]) -> None:
