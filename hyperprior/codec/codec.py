@@ -95,7 +95,8 @@ class Codec:
         stack.start_tensorflow()
         from hyperprior.codec.tensorflow_engine import TensorFlowEngine
 
-        return TensorFlowEngine(self.weights, self.layers, self.z_offsets, self.coder, self.config.model)
+        weights = self.trained_weights().arrays
+        return TensorFlowEngine(weights, self.layers, self.z_offsets, self.coder, self.config.model)
 
     def choose_engine(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Counts the pixels of images of (height, width), and changes to TensorFlow if it will save time.
@@ -116,7 +117,7 @@ class Codec:
                 self.engine = self.tensorflow_engine
 
     def trained_weights(self) -> TrainedWeights:
-        """The weights, as the start of another run. Those of h_s have the precision of its integers."""
+        """All weights, as the start of another run. Those of h_s have the precision of its integers."""
         weights = {**self.weights, **exact.weights(self.layers, self.config.model)}
         return TrainedWeights(weights, self.config, self.info.get("step", 0))
 

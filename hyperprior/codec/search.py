@@ -13,14 +13,16 @@ call this method rate–distortion optimised quantisation; here the derivatives 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import tensorflow as tf
 
+from hyperprior.codec.tiles import Z_ELEMENTS
 from hyperprior.model.priors import gaussian_bits_each
 
-# The share of the elements that may step in the first and in the last round, because the cost of a step assumes that
-# the others stay. A share of 0.25 in all rounds saves less.
+# Only a share of the elements may step in a round, because the cost of a step assumes that the others stay. The share
+# falls from the first of these towards the second. 0.25 in all rounds saves less.
 SHARES = (0.35, 0.1)
 CAUTION = 1.2  # factor on the curvatures, because neighbours step at once; on photographs 1.0 and 1.35 save less
 PROBES = 4  # random directions, to estimate a curvature
@@ -34,7 +36,7 @@ Transform = Callable[[tf.Tensor], tf.Tensor]
 
 def search(
     g_s: Transform,
-    log_scales: Transform,
+    scales: Transform,
     bits_of_z: Transform,
     y: tf.Tensor,
     z: tf.Tensor,
@@ -46,12 +48,12 @@ def search(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """(ŷ, integers of ẑ) after `rounds` rounds: float32, as `y` [1, h, w, M] and `z` [1, h/4, w/4, C].
 
-    They depend only on the arguments. `log_scales`: z → log σ, [1, h, w, M]; `bits_of_z`: z → the bits of each element;
+    They depend only on the arguments. `scales`: z → σ, [1, h, w, M]; `bits_of_z`: z → the bits of each element;
     `x`: [1, 16h, 16w, 3] in [0, 1]; `real`: [1, 16h, 16w, 1], 0 for pixels of padding, whose errors do not count;
     `inside`: [1, h/4, w/4, 1], 0 for blocks that must not change; `weight`: the cost in bits of a squared error of 1 in
     one value of x̂, or 0 if ŷ must not change.
     """
-    inside_y = tf.repeat(tf.repeat(inside, 4, axis=1), 4, axis=2)
+    inside_y = tf.repeat(tf.repeat(inside, Z_ELEMENTS, axis=1), Z_ELEMENTS, axis=2)
 
     def draw(number: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
         done = tf.cast(number, tf.float32) / tf.cast(rounds, tf.float32)
@@ -59,17 +61,17 @@ def search(
         return tf.cast(tf.random.stateless_uniform(tf.shape(values), tf.stack([number, 0])) < share, tf.float32)
 
     def step_y(number: tf.Tensor, y: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
-        scales = tf.exp(log_scales(z))
+        scales_now = scales(z)
         with tf.GradientTape() as tape:
             tape.watch(y)
             error = weight * tf.reduce_sum(real * tf.square(x - tf.clip_by_value(g_s(y), 0.0, 1.0)))
-        cost = tape.gradient(error, y)
-        return step(y, lambda y: gaussian_bits_each(y, scales), cost, curvature_y, draw(number, y) * inside_y)
+        gradient = tape.gradient(error, y)
+        return step(y, lambda y: gaussian_bits_each(y, scales_now), gradient, curvature_y, draw(number, y) * inside_y)
 
     def step_z(number: tf.Tensor, y: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             tape.watch(z)
-            bits = tf.reduce_sum(gaussian_bits_each(y, tf.exp(log_scales(z))))
+            bits = tf.reduce_sum(gaussian_bits_each(y, scales(z)))
         return step(z, bits_of_z, tape.gradient(bits, z), curvature_z, draw(number, z) * inside)
 
     def run_round(number: tf.Tensor, y: tf.Tensor, z: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -81,7 +83,8 @@ def search(
         lambda: estimate_curvature(g_s, y, 2.0 * weight * real, tf.nn.avg_pool2d(real, 16, 16, "SAME")),
         lambda: tf.zeros_like(y),
     )
-    curvature_z = estimate_curvature(log_scales, z, curvature_of_bits(y, log_scales(z)), tf.ones_like(inside))
+    outer = curvature_of_bits(y, scales(z))
+    curvature_z = estimate_curvature(lambda z: tf.math.log(scales(z)), z, outer, tf.ones_like(inside))
     shapes = (tf.TensorShape([]), *(tf.TensorShape([1, None, None, values.shape[-1]]) for values in (y, z)))
     loop = (tf.constant(0), y, z)
     return tf.while_loop(
@@ -99,9 +102,9 @@ def step(values: tf.Tensor, bits_of: Transform, gradient: tf.Tensor, curvature: 
     return tf.clip_by_value(values + best * may, -LIMIT, LIMIT)
 
 
-def curvature_of_bits(y: tf.Tensor, log_scales: tf.Tensor) -> tf.Tensor:
+def curvature_of_bits(y: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
     """The second derivative of each element's bits by the logarithm of its scale, and at least a small one."""
-    low, middle, high = (gaussian_bits_each(y, tf.exp(log_scales + d)) for d in (-EPSILON, 0.0, EPSILON))
+    low, middle, high = (gaussian_bits_each(y, scales * math.exp(d)) for d in (-EPSILON, 0.0, EPSILON))
     return tf.maximum((low + high - 2.0 * middle) / EPSILON**2, LEAST_CURVATURE_OF_BITS)
 
 

@@ -17,7 +17,7 @@ from hyperprior.storage import Arrays
 
 
 class TensorFlowEngine:
-    """`weights`: of all transforms except h_s, by the model's names; `layers`: h_s as integers, see `exact`;
+    """`weights`: by the model's names; those of h_s serve the search. `layers`: h_s as integers, see `exact`;
     `z_offsets`: the quantisation offsets of z, see `exact.offsets`. All functions take and return NumPy arrays, except
     those `in_graph`. `coder`: the range coder in Python; the one in C++ is used instead where it
     can be loaded.
@@ -30,9 +30,7 @@ class TensorFlowEngine:
         self.coder: Any = native.Coder(operations, coder.counts.lookup) if operations else coder
         self.layers, self.z_offsets = layers, z_offsets
         self.model = ScaleHyperprior(settings)
-        # `layers` replaces h_s where the result must be exact.
-        all_weights = {**weights, **exact.weights(layers, settings)}
-        storage.assign_arrays(self.model.named_variables(), all_weights, "the model")
+        storage.assign_arrays(self.model.named_variables(), weights, "the model")
         m, c = settings.latent_channels, settings.hyper_channels
 
         def as_graph(run: Any, channels: int, dtype: tf.DType) -> Any:
@@ -80,10 +78,10 @@ class TensorFlowEngine:
         """`search.search` with this model's transforms and prior; `inputs`: its arguments from `y` on."""
         offsets = exact.offset_values(self.z_offsets)
 
-        def log_scales(z: tf.Tensor) -> tf.Tensor:
-            return tf.math.log(self.model.scales(self.model.h_s(z + offsets)))
+        def scales(z: tf.Tensor) -> tf.Tensor:
+            return self.model.scales(self.model.h_s(z + offsets))
 
-        return search.search(self.model.g_s, log_scales, lambda z: self.model.prior.bits_each(z + offsets), *inputs)
+        return search.search(self.model.g_s, scales, lambda z: self.model.prior.bits_each(z + offsets), *inputs)
 
 
 def make_graph(run: Any, signature: list[tf.TensorSpec]) -> Any:

@@ -50,7 +50,7 @@ def test_the_search_finds_the_best_integers_and_spends_nothing_on_padding(monkey
     start = np.rint(truth)
     z = tf.zeros((1, 2, 2, 1))
     arguments = (tf.constant(start), z, x, real, inside, tf.constant(WEIGHT), tf.constant(60))
-    result, same_z = search.search(blocks, lambda z: np.log(scales) + 0.0 * repeat(z), tf.abs, *arguments)
+    result, same_z = search.search(blocks, lambda z: scales + 0.0 * repeat(z), tf.abs, *arguments)
     assert np.array_equal(same_z, z)
     result = result.numpy()
 
@@ -77,7 +77,7 @@ def test_the_search_finds_most_of_what_better_scales_save(monkeypatch: pytest.Mo
     real, inside = np.ones((1, 768, 768, 1), np.float32), np.ones((1, 12, 12, 1), np.float32)
     inside[:, :, 0] = 0.0
     arguments = (y, tf.zeros((1, 12, 12, 1)), 0.0 * real, real, inside, tf.constant(0.0), tf.constant(60))
-    same_y, z = search.search(blocks, lambda z: 0.5 * repeat(z), lambda z: 0.5 * tf.abs(z), *arguments)
+    same_y, z = search.search(blocks, lambda z: tf.exp(0.5 * repeat(z)), lambda z: 0.5 * tf.abs(z), *arguments)
     assert np.array_equal(same_y, y)
 
     each = [bits_of(y, np.exp(0.5 * v)).reshape(12, 4, 12, 4).sum((1, 3)) + 0.5 * abs(v) for v in range(-8, 9)]
@@ -136,11 +136,12 @@ def test_tiles_see_their_surroundings(image: np.ndarray, monkeypatch: pytest.Mon
     (y, z), (tiled, tiled_z) = q3.latents_of([image]), q3.latents_of([image])
     before, z_before = y.copy(), z.copy()
     q3.improve(y, z, image, 1)
-    monkeypatch.setattr(codecs, "TILE", 8)
+    monkeypatch.setattr(codecs, "TILE", 12)
     q3.improve(tiled, tiled_z, image, 1)
-    # The first tile has almost the same surroundings as in the whole image: scales beyond it do not change. Later tiles
-    # see the changes of earlier ones.
-    assert np.mean(tiled_z[:, :2, :2] != z[:, :2, :2]) < 0.05
+    # The first tile sees what lies beyond it, but ẑ does not change there, which its last scales feel. Later tiles see
+    # the changes of earlier ones.
+    assert np.array_equal(tiled_z[:, :1, :1], z[:, :1, :1])
+    assert np.count_nonzero(tiled[:, :4, :4] != y[:, :4, :4]) <= 2  # sums may be taken in another order
     assert np.mean(tiled[:, :8, :8] != y[:, :8, :8]) < 0.01
     assert np.count_nonzero(y[:, :8, :8] != before[:, :8, :8]) > 100
     assert np.count_nonzero(z[:, :2, :2] != z_before[:, :2, :2]) > 10
