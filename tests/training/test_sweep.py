@@ -33,6 +33,7 @@ def children(parent: int) -> list[int]:
     return [int(line) for line in listing.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_stopped_and_killed_sweep_gives_the_table_of_an_undisturbed_one(
     hyperprior: Command, tmp_path: Path, arguments: list[str]
 ) -> None:

@@ -278,8 +278,8 @@ def test_the_rate_falls_when_validations_stall_and_after_a_resume_as_without_one
     refused = hyperprior(*arguments, "--run", "r", check=2).stderr
     assert "train.schedule=plateau follows the validations, but no images are held out" in refused
     arguments += [f"data.val=[{flat_tar}]", "train.checkpoint_every=5"]
-    hyperprior(*arguments, "train.steps=40", "--run", "straight")
-    for steps in (17, 40):
+    hyperprior(*arguments, "train.steps=24", "--run", "straight")
+    for steps in (11, 24):
         hyperprior(*arguments, f"train.steps={steps}", "--run", "resumed")
     assert same_weights(tmp_path / "straight", tmp_path / "resumed")
     best, stale, rate = np.inf, 0, 0.01

@@ -50,7 +50,7 @@ def test_two_workers_train_like_one_stop_together_and_continue_as_one(
     assert lines(tmp_path / "two", "val")[0]["images"] == 21
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stop_takes_effect_within_a_call_of_many_steps(tmp_path: Path, arguments: list[object], count: int) -> None:
     intervals = ["train.steps_per_call=400", "train.validate_every=null", "summaries.scalars_every=400"]
     intervals += ["train.steps=5000", "train.checkpoint_every=5000", "--run", "r"]
@@ -63,11 +63,11 @@ def test_a_stop_takes_effect_within_a_call_of_many_steps(tmp_path: Path, argumen
     assert newest(tmp_path / "r")[1]["run"]["step"] % 400 > 0  # type: ignore[index]
 
 
-def test_nan_on_one_worker_stops_all_before_the_weights_change_or_is_skipped(
-    tmp_path: Path, arguments: list[object]
-) -> None:
-    arguments += ["train.steps=9", "train.checkpoint_every=2", "train.validate_every=null", "train.steps_per_call=3"]
-    outcomes = ends(start(tmp_path, 2, *arguments, "--run", "stops", faults=["nan=5,6"]))
+NAN = ["train.steps=9", "train.checkpoint_every=2", "train.validate_every=null", "train.steps_per_call=3"]
+
+
+def test_nan_on_one_worker_stops_all_before_the_weights_change(tmp_path: Path, arguments: list[object]) -> None:
+    outcomes = ends(start(tmp_path, 2, *arguments, *NAN, "--run", "stops", faults=["nan=5,6"]))
     for code, said in outcomes:
         assert code == 4 and "not finite at step 5" in said
         assert said.count("nested.tar//n") == 4  # the keys of the whole global batch
@@ -75,6 +75,10 @@ def test_nan_on_one_worker_stops_all_before_the_weights_change_or_is_skipped(
     assert state["run"]["step"] == 4  # type: ignore[index]
     assert all(np.isfinite(value).all() for value in arrays.values())
 
+
+@pytest.mark.slow
+def test_nan_on_one_worker_is_skipped_by_all(tmp_path: Path, arguments: list[object]) -> None:
+    arguments += NAN
     finish(tmp_path, 2, *arguments, "train.on_nonfinite=skip", "--run", "skips", faults=["nan=5,6"])
     arrays, state = newest(tmp_path / "skips")
     run = state["run"]
@@ -86,17 +90,23 @@ def test_nan_on_one_worker_stops_all_before_the_weights_change_or_is_skipped(
         assert code == 4 and "not finite 2 times in a row, last at step 6" in said
 
 
-def test_workers_that_differ_are_refused_with_the_difference(tmp_path: Path, arguments: list[object]) -> None:
-    other = tmp_path / "other.tar"
-    other.write_bytes(tar_bytes(photos(30)))
-    for each, code, message in (
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
         (["seed=1", "train.steps=7"], 2, "workers 0 and 1 disagree: seed is 0 and 1; train.steps is 5 and 7"),
-        ([f"data.train=[{other}]"], 2, "workers 0 and 1 disagree: data is 6 shards"),
-        ([f"data.train=[{tmp_path / 'none.tar'}]"], 3, "none.tar cannot be read: No such file"),
-    ):
-        workers = start(tmp_path, 2, *arguments, "train.steps=5", "--run", "r", each=[[], each])
-        for exit_code, said in ends(workers):
-            assert exit_code == code and message in said, said
+        pytest.param(
+            ["data.train=[other.tar]"], 2, "workers 0 and 1 disagree: data is 6 shards", marks=pytest.mark.slow
+        ),
+        pytest.param(["data.train=[none.tar]"], 3, "none.tar cannot be read: No such file", marks=pytest.mark.slow),
+    ],
+)
+def test_workers_that_differ_are_refused_with_the_difference(
+    tmp_path: Path, arguments: list[object], words: list[object], code: int, message: str
+) -> None:
+    (tmp_path / "other.tar").write_bytes(tar_bytes(photos(30)))
+    workers = start(tmp_path, 2, *arguments, "train.steps=5", "--run", "r", each=[[], words])
+    for exit_code, said in ends(workers):
+        assert exit_code == code and message in said, said
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
@@ -203,34 +213,32 @@ def workers_of(shell: int) -> list[int]:
     return [int(pid) for pid in listing.stdout.split()]
 
 
+@pytest.mark.parametrize(("share", "code"), [(0.01, 3), pytest.param(1.0, 0, marks=pytest.mark.slow)])
 def test_a_shard_truncated_during_a_run_is_counted_alike_on_every_worker(
-    tmp_path: Path, arguments: list[object], nested_tar: Path
+    tmp_path: Path, arguments: list[object], share: float, code: int
 ) -> None:
     shards = [tmp_path / f"s{i}.tar" for i in range(8)]
     for i, path in enumerate(shards):
         path.write_bytes(tar_bytes(photos(4, f"s{i}_")))
     arguments += [f"data.train=[{', '.join(map(str, shards))}]", "train.validate_every=null", "train.steps=60"]
-    for share, code in ((0.01, 3), (1.0, 0)):
-        run = tmp_path / str(share)
-        for i, path in enumerate(shards):
-            path.write_bytes(tar_bytes(photos(4, f"s{i}_")))
-        workers = start(tmp_path, 2, *arguments, f"data.max_bad_fraction={share}", "--run", run, faults=["slow=0.1"])
-        wait_for(run, 3, workers[0])
-        for path in shards[:4]:
-            os.truncate(path, 3000)
-        ended = ends(workers)
-        assert [exit_code for exit_code, _ in ended] == [code, code], ended
-        warned = [sorted({row for row in said.splitlines() if row.startswith("warning: ")}) for _, said in ended]
-        assert warned[0] == warned[1] and warned[0]
-        assert all(
-            "the file was longer" in row and any(str(path) in row for path in shards[:4]) for row in warned[0]
-        ), warned
-        named = {row["sample"] for row in lines(run, "skipped")}
-        assert len(named) == len(warned[0])
-        if code:
-            # The first error depends on how many of the shards had been indexed when they were cut.
-            kinds = ("samples are unusable", "shards that were begun could not be read to their end")
-            assert any(all(kind in said for _, said in ended) for kind in kinds), ended
+    run = tmp_path / "r"
+    workers = start(tmp_path, 2, *arguments, f"data.max_bad_fraction={share}", "--run", run, faults=["slow=0.1"])
+    wait_for(run, 3, workers[0])
+    for path in shards[:4]:
+        os.truncate(path, 3000)
+    ended = ends(workers)
+    assert [exit_code for exit_code, _ in ended] == [code, code], ended
+    warned = [sorted({row for row in said.splitlines() if row.startswith("warning: ")}) for _, said in ended]
+    assert warned[0] == warned[1] and warned[0]
+    assert all("the file was longer" in row and any(str(path) in row for path in shards[:4]) for row in warned[0]), (
+        warned
+    )
+    named = {row["sample"] for row in lines(run, "skipped")}
+    assert len(named) == len(warned[0])
+    if code:
+        # The first error depends on how many of the shards had been indexed when they were cut.
+        kinds = ("samples are unusable", "shards that were begun could not be read to their end")
+        assert any(all(kind in said for _, said in ended) for kind in kinds), ended
 
 
 # Slow -----------------------------------------------------------------------------------------------------
