@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains the models in the box (hyperprior/codec/box), exports them with float16 weights and measures them on IMAGES.
-# The first run uses the highest lambda and small patches, so that a step sees many images. Then each lambda starts from
-# the next higher one, on larger patches: small ones consist mostly of borders for h_a and h_s (configs/README.md). The
-# models for MS-SSIM start from those for MSE.
+# Trains the models in the box (hyperprior/codec/box), exports them and measures them on IMAGES.
+# First models of 64 filters: a long run at the highest lambda on small patches, so that a step sees many images; then
+# each lambda starts from the next higher one, on larger patches: small ones consist mostly of borders for h_a and h_s
+# (configs/README.md). The models for MS-SSIM start from these. q1, q2 and q5 are trained on; q5 is then widened to 96
+# filters and trained again, and q4 and q3 follow it. With q1 and q2 as wide, the package would be larger than 30 MB.
 #
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
 #
-# Started again, it continues. STEPS is the length of the first run (13000), TUNE that of each other run for MSE (4000),
-# TUNE_MS_SSIM that of each run for MS-SSIM (1500).
+# TRAIN and VAL are shards, several with commas between them. Started again, it continues. Further settings hold for all
+# runs: train.steps=20 tries it out.
 # HYPERPRIOR names an installed command; without it the script makes .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,28 +17,42 @@ if [ $# -lt 3 ]; then
     echo "usage: $0 TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]" >&2
     exit 2
 fi
-data=("data.train=[$1]" "data.val=[$2]")
+settings=("data.train=[$1]" "data.val=[$2]" "${@:4}")
 images="$3"
-shift 3
-steps="${STEPS:-13000}" tune="${TUNE:-4000}" tune_ms_ssim="${TUNE_MS_SSIM:-1500}"
 find_hyperprior || exit
 
-train() {  # run, lambda, steps, further settings
-    "$hyperprior" train configs/box.yaml "${data[@]}" "loss.lambda=$2" "train.steps=$3" "${@:4}" --run "runs/box/$1"
+train() {  # run, where it starts, lambda, steps, peak rate, further settings
+    "$hyperprior" train configs/box.yaml "train.start_from=$2" "loss.lambda=$3" "train.steps=$4" "train.learning_rate=$5" \
+        "${@:6}" "${settings[@]}" --run "runs/box/$1"
 }
-train start 0.0483 "$steps" train.start_from=null data.patch_size=128 train.batch_size=8 train.learning_rate=1e-3 "$@"
-before=start quality=5
-for lmbda in 0.0483 0.025 0.013 0.0067 0.0035; do
-    train "lambda-$lmbda" "$lmbda" "$tune" "train.start_from=runs/box/$before" "$@"
-    "$hyperprior" export "runs/box/lambda-$lmbda" --out "hyperprior/codec/box/q$quality.npz" --force
-    before="lambda-$lmbda" quality=$((quality - 1))
+put_in_the_box() {  # run, name
+    "$hyperprior" export "runs/box/$1" --out "hyperprior/codec/box/$2.npz" --force
+}
+
+train start null 0.0483 13000 1e-3 data.patch_size=128 train.batch_size=8
+before=start
+for point in "5 0.0483" "4 0.025" "3 0.013" "2 0.0067" "1 0.0035"; do
+    read -r quality lmbda <<< "$point"
+    train "narrow-$quality" "runs/box/$before" "$lmbda" 4000 5e-4
+    before="narrow-$quality"
 done
-quality=5
-for lmbda in 60.5 31.73 16.64 8.73 4.58; do
-    train "ms-ssim-$lmbda" "$lmbda" "$tune_ms_ssim" "train.start_from=hyperprior/codec/box/q$quality.npz" \
-        loss.metric=ms-ssim train.learning_rate=3e-4 train.validate_every=250 "$@"
-    "$hyperprior" export "runs/box/ms-ssim-$lmbda" --out "hyperprior/codec/box/q$quality-ms-ssim.npz" --force
-    quality=$((quality - 1))
+for point in "5 60.5" "4 31.73" "3 16.64" "2 8.73" "1 4.58"; do
+    read -r quality lmbda <<< "$point"
+    train "ms-ssim-$quality" "runs/box/narrow-$quality" "$lmbda" 1500 3e-4 loss.metric=ms-ssim train.validate_every=250
+    put_in_the_box "ms-ssim-$quality" "q$quality-ms-ssim"
+done
+for point in "2 0.0067" "1 0.0035"; do
+    read -r quality lmbda <<< "$point"
+    train "longer-$quality" "runs/box/narrow-$quality" "$lmbda" 2400 3e-4
+    put_in_the_box "longer-$quality" "q$quality"
+done
+train longer-5 runs/box/narrow-5 0.0483 5000 4e-4
+before=longer-5
+for point in "5 0.0483 6000 5e-4" "4 0.025 3000 3e-4" "3 0.013 1600 2.5e-4"; do
+    read -r quality lmbda steps rate <<< "$point"
+    train "wide-$quality" "runs/box/$before" "$lmbda" "$steps" "$rate" model.num_filters=96
+    put_in_the_box "wide-$quality" "q$quality"
+    before="wide-$quality"
 done
 models=(q{1..5} q{1..5}-ms-ssim)
 "$hyperprior" evaluate "${models[@]}" --images "$images" --out runs/box/results

@@ -416,8 +416,13 @@ def test_a_model_in_one_file_is_small_and_its_files_have_nearly_the_same_size(
 ) -> None:
     assert (small_box / "q2.npz").stat().st_size < 0.7 * (run / "model" / "model.npz").stat().st_size
     small = package.load(small_box / "q2.npz")
-    for name, value in small.weights.items():  # rounded to float16, and nothing else
-        assert np.array_equal(value, model.weights[name].astype(np.float16).astype(np.float32)), name
+    for name, value in small.weights.items():  # rounded, and nothing else
+        trained = model.weights[name]
+        if name.endswith("kernel"):
+            assert not np.any(value.astype(np.float16).view(np.uint16) & 0b111), name
+            np.testing.assert_allclose(value, trained, rtol=2**-8 + 2**-11, atol=2**-22)
+        else:
+            assert np.array_equal(value, trained.astype(np.float16).astype(np.float32)), name
     image = np.asarray(photo(4))
     data = small.compress(image)
     assert abs(len(data) - len(model.compress(image))) < 0.02 * len(data) + 8
