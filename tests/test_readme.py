@@ -33,8 +33,8 @@ def blocks(kind: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
-    return [shlex.split(line, comments=True) for line in lines]
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def stand_in(name: str) -> str:
