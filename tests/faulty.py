@@ -28,7 +28,7 @@ WORKER = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("inde
 
 # Phases of a run, each with the function whose call begins it.
 PHASES = {
-    "meeting": ("hyperprior.training.distribute", "wait_for_workers"),
+    "meeting": ("hyperprior.training.meeting", "wait_for_workers"),
     "strategy": ("hyperprior.stack", "use_cpu_devices"),
     "check": ("hyperprior.training.distribute", "World.check_same"),
     "tracing": ("hyperprior.training.loop", "build_model"),

@@ -6,6 +6,7 @@ Read in this order:
     steps        the graph: n training steps in one call
     optimizer    the weights in training: Adam, its learning rate, and the moving average
     distribute   devices and workers: lanes of the batch, sums over workers, checks that workers agree
+    meeting      how workers find, meet and lose each other, by TF_CONFIG
     stop         stop requests: signals, and the flag that every step reads
     timetable    the length of a run, and the steps at which something is due
     feed         the batches of each call

@@ -24,7 +24,7 @@ from hyperprior.errors import ConfigError, DivergedError, HyperpriorError, Stopp
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.storage import Arrays
 from hyperprior.terminal import Terminal, Track
-from hyperprior.training import checkpoint, distribute, resume, runs
+from hyperprior.training import checkpoint, meeting, resume, runs
 from hyperprior.training.calls import Call, Calls
 from hyperprior.training.distribute import World
 from hyperprior.training.feed import Feed
@@ -48,7 +48,7 @@ def train(settings: Config, run: Path, terminal: Terminal, owns_process: bool = 
     Raises ConfigError, DataError, DivergedError, StorageError, LostWorker, or Stopped after a stop request. The run's
     last checkpoint is then complete. All workers raise the same error, except a lost one.
     """
-    with StopRequest(owns_process) as stop, contextlib.ExitStack() as resources, distribute.name_lost_workers():
+    with StopRequest(owns_process) as stop, contextlib.ExitStack() as resources, meeting.name_lost_workers():
         world = World(settings.distribute, settings.train.batch_size, terminal.warn)
         stop.install()
         if not world.is_chief:

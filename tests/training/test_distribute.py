@@ -22,8 +22,8 @@ from hyperprior import config
 from hyperprior.data.lanes import ALL
 from hyperprior.data.splits import Split, Splits
 from hyperprior.errors import ConfigError, LostWorker, Stopped
-from hyperprior.training import checkpoint, distribute, resume
-from hyperprior.training.distribute import read_tf_config
+from hyperprior.training import checkpoint, distribute, meeting, resume
+from hyperprior.training.meeting import read_tf_config
 
 TASK = {"type": "worker", "index": 1}
 
@@ -80,13 +80,13 @@ def test_what_is_not_understood_is_refused(monkeypatch: pytest.MonkeyPatch, text
 
 
 def test_while_workers_are_missing_a_warning_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distribute, "LATE", 0.5)
+    monkeypatch.setattr(meeting, "LATE", 0.5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         own = f"127.0.0.1:{free.getsockname()[1]}"
     warnings: list[str] = []
     with pytest.raises(LostWorker, match=r"no answer in 3 s .* worker 1 \(127.0.0.1:9\) of 2"):
-        distribute.wait_for_workers([own, "127.0.0.1:9"], 0, 3, warnings.append)
+        meeting.wait_for_workers([own, "127.0.0.1:9"], 0, 3, warnings.append)
     assert 3 <= len(warnings) <= 6 and all("waiting for worker 1 (127.0.0.1:9) of 2" in text for text in warnings)
 
 
@@ -97,19 +97,19 @@ def test_a_port_in_use_is_tried_again() -> None:
         other.listen()
         own = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(Stopped, match=f"cannot listen at {own}, where another process listens") as error:
-            distribute.wait_for_workers([own, "127.0.0.1:9"], 0, 3, print)
+            meeting.wait_for_workers([own, "127.0.0.1:9"], 0, 3, print)
         assert error.value.exit_code == 75
         place = {"cluster": {"worker": [own, "127.0.0.1:9"]}, "task": {"type": "worker", "index": 0}}
         program = (
-            "from hyperprior import config\nfrom hyperprior.training import distribute\n"
-            "distribute.wait_for_workers = lambda *arguments: None\ndistribute.World(config.Distribute(), 2)"
+            "from hyperprior import config\nfrom hyperprior.training import distribute, meeting\n"
+            "meeting.wait_for_workers = lambda *arguments: None\ndistribute.World(config.Distribute(), 2)"
         )
         environment = {**os.environ, "TF_CONFIG": json.dumps(place), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", program]
         said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stderr
         assert f"Stopped: TensorFlow cannot listen at {own}, where another process listens" in said, said
     with pytest.raises(ConfigError, match="it cannot listen there"):
-        distribute.wait_for_workers(["127.0.0.1:99999", "127.0.0.1:9"], 0, 3, print)
+        meeting.wait_for_workers(["127.0.0.1:99999", "127.0.0.1:9"], 0, 3, print)
 
 
 def test_the_environment_names_what_kernels_are_chosen_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -146,17 +146,17 @@ def test_a_resume_on_other_hardware_warns_once_and_an_old_checkpoint_does_not(tm
 
 def test_a_worker_stays_until_all_have_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, met = addresses(2), list[int]()
-    original = distribute.is_reachable
+    original = meeting.is_reachable
 
     def call(address: str) -> bool:
         time.sleep(threading.current_thread().name == "0")  # the other worker reaches this one before it is called
         return original(address)
 
     def meet(own: int) -> None:
-        distribute.wait_for_workers(cluster, own, 8, pytest.fail)
+        meeting.wait_for_workers(cluster, own, 8, pytest.fail)
         met.append(own)
 
-    monkeypatch.setattr(distribute, "is_reachable", call)
+    monkeypatch.setattr(meeting, "is_reachable", call)
     threads = [threading.Thread(target=meet, args=(own,), name=str(own)) for own in (0, 1)]
     for thread in threads:
         thread.start()
@@ -169,7 +169,7 @@ def test_workers_go_around_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "no_grpc_proxy"
     monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "intranet")
-    distribute.bypass_proxy(["node-1:20000", "[::1]:20001", "node-1:20002"])
+    meeting.bypass_proxy(["node-1:20000", "[::1]:20001", "node-1:20002"])
     assert os.environ[name] == "intranet,::1,node-1"
 
 
@@ -177,7 +177,7 @@ def test_only_the_errors_of_a_lost_peer_are_a_lost_worker() -> None:
     lost = {"UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError"}
     types = [getattr(tf.errors, name) for name in dir(tf.errors) if name.endswith("Error") and name != "OpError"]
     assert (
-        lost == {kind.__name__ for kind in types if distribute.is_loss_of_peer(kind(None, None, "text"))}
+        lost == {kind.__name__ for kind in types if meeting.is_loss_of_peer(kind(None, None, "text"))}
         and len(types) > 12
     )
 
