@@ -50,6 +50,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_sdist_and_wheel_hold_every_file_of_the_package(packages: tuple[Path, Path]) -> None:
     sdist, wheel = packages
+    assert wheel.stat().st_size < 30_000_000
     paths = [path for path in (ROOT / "hyperprior").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     files = {str(path.relative_to(ROOT)) for path in paths}
     files |= {f"hyperprior/configs/{path.name}" for path in (ROOT / "configs").iterdir()}

@@ -74,6 +74,7 @@ class Codec:
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
         self.coder = range_coder.Coder(self.tables.lookup)
         self.tables.check(self.coder.counts, model.num_scales + model.hyper_channels)
+        self.dead_zone = self.tables.dead_zone(self.coder.counts, model.num_scales)
         self.z_offsets = weights.pop("z_offsets")
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
@@ -142,8 +143,9 @@ class Codec:
         files: list[bytes] = [b""] * len(images)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         self.choose_engine(sizes)
+        search_y = effort > 0 and self.config.loss.metric == "mse"
         for group in group_by_size(sizes):
-            y, z = self.latents_of([images[i] for i in group])
+            y, z = self.latents_of([images[i] for i in group], dead_zone=not search_y)
             if effort:
                 for place, i in enumerate(group):
                     # Slices are views: this changes y and z.
@@ -203,8 +205,11 @@ class Codec:
 
     # The steps of compression and decompression: images ↔ latents ↔ strings -------------------------------
 
-    def latents_of(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """ŷ [B, h, w, M] float32 and the integers of ẑ [B, h/4, w/4, C] of images with one padded size."""
+    def latents_of(self, images: Sequence[np.ndarray], dead_zone: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """ŷ [B, h, w, M] float32 and the integers of ẑ [B, h/4, w/4, C] of images with one padded size.
+
+        Without `dead_zone`, ŷ are the nearest integers, as in training; the search for better ones starts from them.
+        """
         rows_of_z, columns_of_z = (blocks(side) for side in images[0].shape[:2])
         model = self.config.model
         y_shape = (len(images), rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, model.latent_channels)
@@ -216,6 +221,9 @@ class Codec:
         for rows in strips(z.shape, H_A_MARGIN):
             strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)])
             z[:, rows.target()] = strip[:, rows.inside()]
+        if dead_zone:
+            for rows in strips(z.shape, H_S_MARGIN):
+                y[:, rows.target(Z_ELEMENTS)] *= self.dead_zone[self.indexes(z, rows)]
         np.rint(y, out=y)
         return np.clip(y, INT16.min, INT16.max, out=y), z
 

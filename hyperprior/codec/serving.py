@@ -53,10 +53,11 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
     engine = codec.tensorflow_engine
     y = engine.analyse_in_graph(pad(image[None]))
     z = engine.hyper_analyse_in_graph(y)
-    y = round_to_int16(y)
+    index = indexes(codec, z)
+    y = round_to_int16(y * tf.gather(codec.dead_zone, index))
     handle = operations.create_range_encoder([1], codec.tables.lookup)
     handle, z_outside = encode(operations, handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
-    handle, y_outside = encode(operations, handle, codec.tables, y, indexes(codec, z))
+    handle, y_outside = encode(operations, handle, codec.tables, y, index)
     coded = operations.entropy_encode_finalize(handle)[0]
     escapes = tf.concat([tf.boolean_mask(z, z_outside), tf.boolean_mask(y, y_outside)], 0)
     body = tf.strings.join(

@@ -6,6 +6,7 @@ the coded string. So the number of decoding steps depends only on the image's si
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from hyperprior.codec.range_coder import Counts
 
 INT16 = np.iinfo(np.int16)  # the type of an escape
+BITS_PER_SQUARE = 32.0  # what a squared error of 1 in y is worth to `dead_zone`, see codec/README.md
 
 
 class Tables(NamedTuple):
@@ -33,3 +35,17 @@ class Tables(NamedTuple):
             raise ValueError(f"{len(symbols)} tables instead of {count}")
         if (self.escape != np.array(symbols) - 1).any() or (np.abs(self.first.astype(np.int64)) > -INT16.min).any():
             raise ValueError("first values or escapes do not fit the tables")
+
+    def dead_zone(self, counts: Counts, num_scales: int) -> np.ndarray:
+        """What the encoder multiplies y by before it rounds, for each table of y: [num_scales] float32, at most 1.
+
+        An integer k costs more bits than k − 1, and is worth them if the error is smaller by as much. With a squared
+        error worth w bits this is so for y > k − ½ + (bits(k) − bits(k − 1)) / 2w. With Gaussian bits that is k − ½
+        times one factor for all k, so the factor of k = 1 serves for all.
+        """
+        factors = np.ones(num_scales, np.float32)
+        for table, cumulative in enumerate(counts.cumulative[:num_scales]):
+            zero, one = np.clip(np.arange(2) - self.first[table], 0, self.escape[table])
+            masses = np.diff(cumulative)
+            factors[table] += max(math.log2(masses[zero] / masses[one]), 0.0) / BITS_PER_SQUARE
+        return 1.0 / factors

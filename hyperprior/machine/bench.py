@@ -135,7 +135,7 @@ def bench_codec(settings: Config, world: World, repeats: int, terminal: Terminal
     decoded, _ = codec.decode([codec.read(data)])
     calls = {
         "compress": lambda: codec.compress(image),
-        "  g_a and h_a": lambda: codec.latents_of([image]),
+        "  latents": lambda: codec.latents_of([image]),
         "  exact h_s and range coding": lambda: codec.encode(y, z, [PHOTO]),
         "decompress": lambda: codec.decompress(data),
         "  exact h_s and range decoding": lambda: codec.decode([codec.read(data)]),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from hyperprior import config, storage
 from hyperprior.codec import codec as codecs
-from hyperprior.codec import container, exact, making, tiles
+from hyperprior.codec import container, exact, making, tables, tiles
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.numpy_engine import NumPyEngine
 from hyperprior.errors import BitstreamError, ConfigError, DataError
@@ -268,6 +268,18 @@ def test_tables_are_distributions_with_room_for_every_symbol(codec: Codec) -> No
         at += escape + 3
     assert at == len(codec.tables.lookup)
     assert len(codec.tables.escape) == SETTINGS.model.num_scales + SETTINGS.model.hyper_channels
+
+
+def test_the_dead_zone_ends_where_an_integer_is_worth_its_bits(codec: Codec) -> None:
+    low, step = exact.log_scale_table(SETTINGS.model)
+    for table, (factor, cumulative) in enumerate(zip(codec.dead_zone, codec.coder.counts.cumulative)):
+        bits = -np.log2(np.diff(cumulative) / 2.0**16)
+        first = codec.tables.first[table]
+        assert 0.5 < factor <= 1.0
+        for k in (1, 2, 3) if low + step * table > 0.0 else (1,):  # for small scales the tables end at 1
+            y = (k - 0.5) / factor  # from here on y is rounded to k
+            costs = [bits[value - first] + tables.BITS_PER_SQUARE * (y - value) ** 2 for value in (k - 1, k)]
+            assert abs(costs[0] - costs[1]) < (1e-4 if k == 1 else 0.05), (table, k)
 
 
 def test_values_outside_the_tables_survive(codec: Codec) -> None:

@@ -154,6 +154,13 @@ def test_tiles_lose_little(q3: codecs.Codec, image: np.ndarray, monkeypatch: pyt
     assert abs(loss(q3, image, q3.compress(image, 20)) - whole) < 0.1 * (plain - whole)
 
 
+def test_the_dead_zone_lowers_the_loss(q3: codecs.Codec, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = q3.compress(image)
+    monkeypatch.setattr(q3, "dead_zone", np.ones_like(q3.dead_zone))
+    without = q3.compress(image)
+    assert len(with_it) < len(without) and loss(q3, image, with_it) < loss(q3, image, without)
+
+
 def test_a_model_for_ms_ssim_saves_bytes_of_the_same_image(image: np.ndarray) -> None:
     codec = codecs.load("q3-ms-ssim")
     plain, small = (codec.compress(image, effort) for effort in (0, 20))

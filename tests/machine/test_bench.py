@@ -51,7 +51,7 @@ def test_every_part_reports_its_ratios(
         assert len(rates) == 4 and all(0 < rate["low"] <= rate["median"] <= rate["high"] for rate in rates.values())
     loop = figures["train"]
     assert loop["loop"]["repeats"] == 3 and 0 <= loop["input_wait"] < 1 and loop["loop_over_step"] > 0
-    parts_of_codec = ["compress", "g_a and h_a", "exact h_s and range coding"]
+    parts_of_codec = ["compress", "latents", "exact h_s and range coding"]
     parts_of_codec += ["decompress", "exact h_s and range decoding", "g_s"]
     assert list(figures["start"]) == ["first_step", "import_tensorflow"] and list(figures["codec"]) == parts_of_codec
     for timing, repeats in [(t, 2) for t in figures["start"].values()] + [(t, 4) for t in figures["codec"].values()]:
