@@ -69,7 +69,7 @@ def use_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_holds_the_best_weights_and_says_what_it_is(run: Path, model: Codec) -> None:
     arrays, state = storage.load_arrays(run / "checkpoints" / "best.npz", checkpoint.FORMAT)
     for name in ("g_a/0/kernel", "g_s/6/bias", "h_a/2/kernel"):
-        assert np.array_equal(arrays[f"model/{name}"], model.weights[name])
+        np.testing.assert_allclose(model.weights[name], arrays[f"model/{name}"], rtol=2**-7, atol=2**-22)
     description = json.loads((run / "model" / "model.json").read_text())
     assert description["fingerprint"] == model.fingerprint
     assert description["info"]["step"] == state["step"] == model.info["step"]
@@ -248,7 +248,7 @@ def test_damaged_models_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is damaged"):
         codec.load(tmp_path)
     path.write_bytes(whole)
-    arrays, state = storage.load_arrays(path, box.FORMAT)
+    arrays, state = storage.load_arrays(path, box.FORMAT, codec.MOST_BYTES)
     arrays["g_s/0/bias"][0] += 1e-6
     checkpoint.save(path, arrays, state)
     with pytest.raises(DataError, match="its weights and tables have fingerprint"):
@@ -292,7 +292,7 @@ def test_impossible_models_are_named_in_one_line(
     run: Path, tmp_path: Path, change: Callable[[storage.Arrays], None], message: str
 ) -> None:
     """Also models whose fingerprint is right."""
-    arrays, state = storage.load_arrays(run / "model" / "model.npz", box.FORMAT)
+    arrays, state = storage.load_arrays(run / "model" / "model.npz", box.FORMAT, codec.MOST_BYTES)
     change(arrays)
     state["fingerprint"] = storage.fingerprint(arrays)
     path = tmp_path / "x.npz"
@@ -411,24 +411,18 @@ def small_box(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     box.in_the_box.cache_clear()
 
 
-def test_a_model_in_one_file_is_small_and_its_files_have_nearly_the_same_size(
+def test_a_model_in_one_file_is_the_model_of_the_run_with_its_weights_rounded(
     small_box: Path, run: Path, model: Codec
 ) -> None:
-    assert (small_box / "q2.npz").stat().st_size < 0.7 * (run / "model" / "model.npz").stat().st_size
     small = package.load(small_box / "q2.npz")
-    for name, value in small.weights.items():  # rounded, and nothing else
-        trained = model.weights[name]
+    assert small.fingerprint == model.fingerprint
+    trained = checkpoint.best_weights(run, print).arrays
+    for name, value in small.weights.items():
         if name.endswith("kernel"):
             assert not np.any(value.astype(np.float16).view(np.uint16) & 0b111), name
-            np.testing.assert_allclose(value, trained, rtol=2**-8 + 2**-11, atol=2**-22)
+            np.testing.assert_allclose(value, trained[name], rtol=2**-8 + 2**-11, atol=2**-22)
         else:
-            assert np.array_equal(value, trained.astype(np.float16).astype(np.float32)), name
-    image = np.asarray(photo(4))
-    data = small.compress(image)
-    assert abs(len(data) - len(model.compress(image))) < 0.02 * len(data) + 8
-    assert small.fingerprint != model.fingerprint
-    with pytest.raises(BitstreamError, match="written with model"):
-        model.decompress(data)
+            assert np.array_equal(value, trained[name].astype(np.float16).astype(np.float32)), name
 
 
 def test_models_in_the_box_are_chosen_by_quality_and_by_their_own_files(
@@ -446,7 +440,9 @@ def test_models_in_the_box_are_chosen_by_quality_and_by_their_own_files(
     with pytest.raises(ConfigError, match="both given"):
         box.choose("runs/a", 2)
     assert box.choose("runs/a") == "runs/a"
-    (tmp_path / "x.hyp").write_bytes(package.load(run).compress(np.asarray(photo(4))))
+    (tmp_path / "x.hyp").write_bytes(
+        package.load(HERE / "codec" / "vectors" / "model.npz").compress(np.asarray(photo(4)))
+    )
     with pytest.raises(ConfigError, match="not in the box: name its run"):
         files.decompress([str(tmp_path / "x.hyp")], None, str(tmp_path / "z.png"), ".png", "refuse", None, Terminal())
     assert not (tmp_path / "z.png").exists()
