@@ -71,7 +71,8 @@ print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$co
     if [ -n "$stopping" ]; then stop; fi # the signal may have come before a worker was in `pids`
 }
 
-# Waits for all workers. `verdict` is then the exit code, or 75 if all should be started again.
+# Waits for all workers. `verdict` is then the exit code, or 75 if all should be started again. Bash writes the source of
+# a killed worker to stderr, so lines for the user go to 3.
 wait_all() {
     local code pid deadline="" left=("${pids[@]}")
     verdict=0
@@ -84,6 +85,7 @@ wait_all() {
             fi
             wait "$pid"
             code=$?
+            if [ "$code" -gt 128 ]; then echo "$0: process $pid was killed by signal $((code - 128))" >&3; fi
             if [ "$code" -ne 0 ] && [ -z "$deadline" ]; then
                 deadline=$((SECONDS + settle))
                 kill -TERM "${pids[@]}" 2> /dev/null # without it the others may wait for the one that ended
@@ -96,7 +98,7 @@ wait_all() {
         done
         left=(${still[@]+"${still[@]}"})
         if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ] && [ ${#left[@]} -gt 0 ]; then
-            echo "$0: killing ${#left[@]} workers that did not end in $settle s" >&2
+            echo "$0: killing ${#left[@]} workers that did not end in $settle s" >&3
             kill -CONT "${left[@]}" 2> /dev/null
             kill -KILL "${left[@]}" 2> /dev/null
             deadline=$((SECONDS + settle))
@@ -109,7 +111,7 @@ wait_all() {
 for ((restarts = 0; ; restarts++)); do
     start "$@"
     if [ ${#pids[@]} -eq 0 ]; then exit 75; fi # a signal came before a worker was started
-    wait_all
+    wait_all 3>&2 2> /dev/null
     if [ "$verdict" -ne 75 ] || [ -n "$stopping" ]; then exit "$verdict"; fi
     if [ "$restarts" -ge "$max_restarts" ]; then
         echo "$0: stopped again after $restarts restarts; start the same command again to go on" >&2

@@ -198,6 +198,8 @@ def disturbed(tmp_path: Path, arguments: list[object], faults: Iterable[Fault]) 
         process.kill()
     assert process.returncode == 0, said
     assert said.count("all workers start again") == len(seconds)
+    assert said.count("was killed by signal 9") >= sum(name == "kill" for name, _ in seconds)
+    assert "TF_CONFIG" not in said  # Bash would show the source of what was killed
     finish(tmp_path, 2, *arguments, "--run", "alone", timeout=1200)
     assert same_weights(tmp_path / "alone", run) > 100
     return seconds
