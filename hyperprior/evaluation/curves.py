@@ -150,6 +150,30 @@ def compare_curves(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
+def compare_models(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By how many percent each model's rate differs from every baseline's at the same quality.
+
+    The baseline's log rate is interpolated linearly in its quality; None where its curve does not reach.
+    """
+    baselines = defaultdict(list)
+    for point in points:
+        if point["kind"] == "baseline":
+            baselines[point["curve"]].append(point)
+    results = []
+    for model in (point for point in points if point["kind"] == "model"):
+        for curve, its_points in baselines.items():
+            result: dict[str, Any] = {"model": model["point"], "curve": model["curve"], "against": curve}
+            for metric, rate in RATES.items():
+                measured = sorted((p[metric], p[rate]) for p in its_points if p[metric] is not None)
+                quality, result[metric] = model[metric], None
+                if quality is not None and measured and measured[0][0] <= quality <= measured[-1][0]:
+                    qualities, rates = np.array(measured).T
+                    equal_rate = np.exp(np.interp(quality, qualities, np.log(rates)))
+                    result[metric] = 100.0 * float(model[rate] / equal_rate - 1.0)
+            results.append(result)
+    return results
+
+
 class NotComparable(Exception):
     """Two curves have no BD value; the message says why."""
 

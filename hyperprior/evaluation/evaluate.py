@@ -19,7 +19,14 @@ from hyperprior import __version__
 from hyperprior.codec import codec
 from hyperprior.errors import ConfigError, GateError
 from hyperprior.evaluation import gate, pictures, plots, report
-from hyperprior.evaluation.curves import Model, average_rows, compare_curves, convert_published, name_curves
+from hyperprior.evaluation.curves import (
+    Model,
+    average_rows,
+    compare_curves,
+    compare_models,
+    convert_published,
+    name_curves,
+)
 from hyperprior.evaluation.photos import Photo, find_photos
 from hyperprior.model.quality import compare_images
 from hyperprior.reference import baselines, published
@@ -71,11 +78,13 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
         "images": [{"name": p.name, "width": p.width, "height": p.height, "sha256": p.sha256} for p in photos],
         "points": points,
         "bd": compare_curves(points),
+        "models": compare_models(points),
         "gate": verdicts,
     }
     effort = f"; effort {options.effort}" if options.effort else ""
     model_lines = [f"# {len(photos)} images, {photos[0].name} to {photos[-1].name}{effort}", ""]
     model_lines += [*report.make_points_table(points, "model"), *report.make_bd_table(summary["bd"])]
+    model_lines += report.make_comparison_table(summary["models"], summary["bd"])
     model_lines += [f"- Gate: {gate.describe_verdict(verdict)}." for verdict in verdicts]
     other_lines = [*report.make_points_table(points, "baseline"), *report.describe_method(points)]
 

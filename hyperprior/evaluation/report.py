@@ -82,6 +82,17 @@ def make_bd_table(results: Sequence[dict[str, Any]]) -> list[str]:
     return to_markdown(table)
 
 
+def make_comparison_table(results: Sequence[dict[str, Any]], bd: Sequence[dict[str, Any]]) -> list[str]:
+    """A Markdown table of the models whose curve is too short for BD values."""
+    short = {row["curve"] for row in bd if row["psnr_db"].get("refused", "").startswith("the curve has")}
+    table = [["model", "against", "bytes at equal PSNR", "bytes at equal MS-SSIM"]]
+    for row in results:
+        if row["curve"] in short:
+            cells = ["beyond its curve" if row[m] is None else f"{row[m]:+.1f}%" for m in ("psnr_db", "ms_ssim_db")]
+            table.append([row["model"], row["against"], *cells])
+    return to_markdown(table)
+
+
 def describe_method(points: Sequence[dict[str, Any]]) -> list[str]:
     """Lines that say how everything was measured."""
     lines = [NOTES.format(side=MS_SSIM_MIN_SIDE, points=BD_MIN_POINTS, overlap=BD_MIN_OVERLAP)]

@@ -201,6 +201,9 @@ def test_results_are_means_over_the_images_of_values_of_real_files(
     assert "has 1 of the 4 points" in ms_ssim["psnr_db"]["refused"]
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "has 1 of the 4 points" in text and f"| c | 0.0067 | mse | {point['bpp']:.4f} |" in text
+    equal = {row["model"]: row for row in summary["models"] if row["against"] == "JPEG 4:2:0"}
+    assert set(equal) == set("abcds") and all(abs(row["psnr_db"]) < 1.0 for row in equal.values())
+    assert "| s | JPEG 4:2:0 | " in text and "| c | JPEG 4:2:0 | " not in text  # only models without BD values
     page = re.search(r'id="data">(.*?)</script>', (tmp_path / "out" / "report.html").read_text(), re.DOTALL)
     assert page
     shown = json.loads(page[1])
