@@ -2,8 +2,8 @@
 # Trains the models in the box (hyperprior/codec/box), exports them and measures them on IMAGES.
 # First models of 64 filters: a long run at the highest lambda on small patches, so that a step sees many images; then
 # each lambda starts from the next higher one, on larger patches: small ones consist mostly of borders for h_a and h_s
-# (configs/README.md). The models for MS-SSIM start from these. q1, q2 and q5 are trained on; q5 is then widened to 96
-# filters and trained again, and q4 and q3 follow it. With q1 and q2 as wide, the package would be larger than 30 MB.
+# (configs/README.md). The models for MS-SSIM start from these. q5 is trained on, widened to 96 filters and trained
+# again, and q4 and q3 follow it. With q1 and q2 as wide, the package would be larger than 30 MB.
 #
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
 #
@@ -36,15 +36,12 @@ for point in "5 0.0483" "4 0.025" "3 0.013" "2 0.0067" "1 0.0035"; do
     train "narrow-$quality" "runs/box/$before" "$lmbda" 4000 5e-4
     before="narrow-$quality"
 done
+put_in_the_box narrow-2 q2
+put_in_the_box narrow-1 q1
 for point in "5 60.5" "4 31.73" "3 16.64" "2 8.73" "1 4.58"; do
     read -r quality lmbda <<< "$point"
     train "ms-ssim-$quality" "runs/box/narrow-$quality" "$lmbda" 1500 3e-4 loss.metric=ms-ssim train.validate_every=250
     put_in_the_box "ms-ssim-$quality" "q$quality-ms-ssim"
-done
-for point in "2 0.0067" "1 0.0035"; do
-    read -r quality lmbda <<< "$point"
-    train "longer-$quality" "runs/box/narrow-$quality" "$lmbda" 2400 3e-4
-    put_in_the_box "longer-$quality" "q$quality"
 done
 train longer-5 runs/box/narrow-5 0.0483 5000 4e-4
 before=longer-5
