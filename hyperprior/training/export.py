@@ -12,8 +12,8 @@ import contextlib
 import dataclasses
 import json
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -136,10 +136,11 @@ def replace_directory(out: Path) -> Iterator[Path]:
     SIGKILL between two renames leaves none: the old one is then in `out`.*.tmp.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+    # Not by tempfile: a signal before it returns the name would leave the directory.
+    folder = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
     new, old = folder / "new", folder / "old"
     try:
-        new.mkdir()
+        new.mkdir(parents=True)
         yield new
         if out.exists() and not storage.exchange(new, out):
             out.rename(old)
