@@ -74,7 +74,6 @@ class Codec:
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
         self.coder = range_coder.Coder(self.tables.lookup)
         self.tables.check(self.coder.counts, model.num_scales + model.hyper_channels)
-        self.dead_zone = self.tables.dead_zone(self.coder.counts, model.num_scales)
         self.z_offsets = weights.pop("z_offsets")
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
@@ -85,6 +84,16 @@ class Codec:
             self.engine = self.tensorflow_engine
         else:
             self.engine = self.numpy_engine
+
+    @functools.cached_property
+    def dead_zone(self) -> np.ndarray:
+        return self.tables.dead_zone(self.coder.counts, self.config.model.num_scales)
+
+    @functools.cached_property
+    def error_weight(self) -> float:
+        """What a squared error of 1 in one value of x̂ costs the search, in bits. 0: it leaves ŷ as it is."""
+        loss = self.config.loss
+        return lagrangian(0.0, 1.0 / 3.0, loss.lmbda, "mse") if loss.metric == "mse" else 0.0  # MSE averages channels
 
     @functools.cached_property
     def numpy_engine(self) -> NumPyEngine:
@@ -143,7 +152,7 @@ class Codec:
         files: list[bytes] = [b""] * len(images)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         self.choose_engine(sizes)
-        search_y = effort > 0 and self.config.loss.metric == "mse"
+        search_y = effort > 0 and self.error_weight > 0.0
         for group in group_by_size(sizes):
             y, z = self.latents_of([images[i] for i in group], dead_zone=not search_y)
             if effort:
@@ -232,8 +241,6 @@ class Codec:
 
         For a model trained for MS-SSIM, only `z` changes, so the decoded image stays the same.
         """
-        loss = self.config.loss
-        weight = lagrangian(0.0, 1.0 / 3.0, loss.lmbda, "mse") if loss.metric == "mse" else 0.0  # MSE averages channels
         for rows, columns in tiles(z.shape, TILE // Z_ELEMENTS, SEARCH_MARGIN):
             place = (slice(None), rows.source(), columns.source())
             y_place = (slice(None), rows.source(Z_ELEMENTS), columns.source(Z_ELEMENTS))
@@ -245,7 +252,7 @@ class Codec:
             may_change[:, rows.inside(), columns.inside()] = 1.0
             x = x[None] / np.float32(255.0)
             y[y_place], z[place] = self.tensorflow_engine.search(
-                y[y_place], z[place], x, is_image, may_change, weight, effort
+                y[y_place], z[place], x, is_image, may_change, self.error_weight, effort
             )
 
     def indexes(self, z: np.ndarray, rows: Span) -> np.ndarray:

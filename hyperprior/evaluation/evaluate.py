@@ -84,7 +84,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     effort = f"; effort {options.effort}" if options.effort else ""
     model_lines = [f"# {len(photos)} images, {photos[0].name} to {photos[-1].name}{effort}", ""]
     model_lines += [*report.make_points_table(points, "model"), *report.make_bd_table(summary["bd"])]
-    model_lines += report.make_comparison_table(summary["models"], summary["bd"])
+    model_lines += report.make_comparison_table(summary["models"])
     model_lines += [f"- Gate: {gate.describe_verdict(verdict)}." for verdict in verdicts]
     other_lines = [*report.make_points_table(points, "baseline"), *report.describe_method(points)]
 

@@ -7,6 +7,7 @@ import csv
 import importlib.resources
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -82,12 +83,12 @@ def make_bd_table(results: Sequence[dict[str, Any]]) -> list[str]:
     return to_markdown(table)
 
 
-def make_comparison_table(results: Sequence[dict[str, Any]], bd: Sequence[dict[str, Any]]) -> list[str]:
+def make_comparison_table(results: Sequence[dict[str, Any]]) -> list[str]:
     """A Markdown table of the models whose curve is too short for BD values."""
-    short = {row["curve"] for row in bd if row["psnr_db"].get("refused", "").startswith("the curve has")}
+    length = Counter(curve for curve, _ in {(row["curve"], row["model"]) for row in results})
     table = [["model", "against", "bytes at equal PSNR", "bytes at equal MS-SSIM"]]
     for row in results:
-        if row["curve"] in short:
+        if length[row["curve"]] < BD_MIN_POINTS:
             cells = ["beyond its curve" if row[m] is None else f"{row[m]:+.1f}%" for m in ("psnr_db", "ms_ssim_db")]
             table.append([row["model"], row["against"], *cells])
     return to_markdown(table)

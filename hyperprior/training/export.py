@@ -106,6 +106,7 @@ def export(
 
 
 def export_file(run: Path, out: Path, terminal: Terminal, force: bool) -> dict[str, Any]:
+    """Writes the model of a run into one file."""
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = storage.fingerprint(trained.arrays)
     check_replacement(out, weights, force)
