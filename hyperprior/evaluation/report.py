@@ -110,8 +110,12 @@ def describe_method(points: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def to_markdown(table: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table]
-    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:], ""] if len(table) > 1 else []
+    """The lines of a table, whose first row is the head. Without further rows, no lines."""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells]
+    return [*lines, ""] if len(table) > 1 else []
 
 
 # report.html --------------------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ class Trainer:
         self.write_file("config.yaml", f"{CONFIG_HEAD}{__version__}, resolved\n{render(shown)}")
         with contextlib.closing(self.make_progress()) as self.progress:
             self.progress.report.describe_run(shown, step)
+            self.progress.report.write_record("started", step, **self.world.environment())
             try:
                 with self.terminal.track("training", self.timetable.total, step) as track:
                     self.loop(track)
@@ -172,6 +173,7 @@ class Trainer:
             if self.needs_validation_first():
                 stopped = not self.validate(track)
                 self.save_checkpoint()
+            track.line("the first step takes longer: it makes the graph")
             call: Optional[Call] = None
             while not stopped and not self.is_finished():
                 progress.profile()

@@ -50,14 +50,18 @@ def summarise_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def summarise(run: Path) -> dict[str, Any]:
-    """State, lambda, step, metrics of the final test or else the last validation, and size in bytes."""
+    """State, lambda, step, metrics of the final test or else the last validation, and size in bytes.
+
+    `split`: where the metrics were measured, "val" or the split of the final test. `environment`: the machine at
+    the run's last start, see `World.environment`.
+    """
     settings = config.load_config(run / "config.yaml", [])
     rows = list(read_last_rows(run))
     saved = max(checkpoint.steps_in(run / "checkpoints"), default=0)
     reached = max([saved, *(row["step"] for row in rows if row["kind"] in ("train", "val"))])
     result = read_result(run)
-    ended = next((row for row in reversed(rows) if row["kind"] in ("ended", "train")), None)
-    if ended and ended["kind"] == "train":
+    ended = next((row for row in reversed(rows) if row["kind"] in ("ended", "started", "train")), None)
+    if ended and ended["kind"] != "ended":
         ended = None  # the run was resumed after its end
     if storage.is_locked(run):
         state, step, ended = "running", reached, None
@@ -68,6 +72,7 @@ def summarise(run: Path) -> dict[str, Any]:
     else:
         state, step = "cut off", saved
     values = result or next((row for row in reversed(rows) if row["kind"] == "val"), {})
+    started: dict[str, Any] = next((row for row in reversed(rows) if row["kind"] == "started"), {})
     return {
         "run": str(run),
         "state": state,
@@ -75,6 +80,8 @@ def summarise(run: Path) -> dict[str, Any]:
         "lambda": settings.loss.lmbda,
         "metric": settings.loss.metric,
         **{name: values[name] for name in RESULT if name in values},
+        "split": values.get("split") or values.get("kind"),
+        "environment": {name: value for name, value in started.items() if name not in ("kind", "step")},
         "bytes": count_bytes(run),
         **({"reason": ended["reason"]} if ended else {}),
     }
@@ -116,38 +123,47 @@ def read_result(run: Path) -> Optional[dict[str, Any]]:
 
 def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """The table that `hyperprior runs` prints. `summaries`: results of `summarise`."""
-    grid = Table("run", "state", box=None, header_style="bold", pad_edge=False)
+    grid = Table(box=None, header_style="bold", pad_edge=False)
+    grid.add_column("run", overflow="fold")
+    grid.add_column("state")
     columns = [name for name in RESULT if any(name in summary for summary in summaries)]
-    for title in ("lambda", "step", *(METRICS[name].title for name in columns), "size"):
+    for title in ("lambda", "step", *(METRICS[name].title for name in columns), "split", "size"):
         grid.add_column(title, justify="right")
     for summary in summaries:
         grid.add_row(
             *(summary["run"], summary["state"], f"{summary['lambda']:g}", f"{summary['step']:,}"),
             *(cell(name, summary.get(name)) for name in columns),
+            summary["split"],
             f"{summary['bytes'] / 2**20:,.0f} MiB",
         )
     return grid
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
-    """The config keys that differ, and the metrics of both runs, as {name: [of a, of b]}. Raises ConfigError."""
+    """What differs in the configs and environments, and the metrics of both runs, as {name: [of a, of b]}.
+
+    Raises ConfigError.
+    """
     settings = []
     for run in (a, b):
         if not (run / "config.yaml").is_file():
             raise ConfigError(f"{run} is no run: it has no config.yaml; `hyperprior runs DIR` lists those below DIR")
         settings.append(config.load_config(run / "config.yaml", []))
     summaries = [summarise(run) for run in (a, b)]
+    environments = [summary["environment"] for summary in summaries]
+    machines = {name: [each.get(name) for each in environments] for name in environments[0] | environments[1]}
     return {
         "runs": [str(a), str(b)],
         "config": {d.key: [d.old, d.new] for d in config.differences(*settings)},
-        "metrics": {name: [summary.get(name) for summary in summaries] for name in ("state", "step", *RESULT)},
+        "environment": {name: values for name, values in machines.items() if values[0] != values[1]},
+        "metrics": {name: [summary.get(name) for summary in summaries] for name in ("state", "step", *RESULT, "split")},
     }
 
 
 def make_comparison_table(comparison: dict[str, Any]) -> Table:
     """The table that `hyperprior compare` prints."""
     grid = Table("", *comparison["runs"], box=None, header_style="bold", pad_edge=False)
-    for key, values in comparison["config"].items():
+    for key, values in (comparison["config"] | comparison["environment"]).items():
         grid.add_row(key, *map(str, values))
     grid.add_row("")
     for name, values in comparison["metrics"].items():

@@ -48,6 +48,7 @@ def test_runs_are_listed_with_their_state_and_can_be_compared(
     good = listed["good"]
     result = json.loads((tmp_path / "all" / "good" / "results.json").read_text())
     assert (good["step"], good["loss"], good["psnr_db"]) == (4, result["loss"], result["psnr_db"])
+    assert (good["split"], listed["bad"]["split"]) == ("val", None) and good["environment"]["workers"] == 1
     files = [path for path in (tmp_path / "all" / "good").rglob("*") if path.is_file()]
     assert good["bytes"] == sum(path.stat().st_size for path in files)
     # A killed run writes no record of its end.
@@ -67,8 +68,13 @@ def test_runs_are_listed_with_their_state_and_can_be_compared(
     assert len(lines) == 4 and lines[1].split()[:2] == ["all/bad", "diverged"]
     comparison = json.loads(hyperprior("compare", "all/good", "all/long", "--json").stdout)
     assert comparison["config"] == {"loss.lambda": [0.013, 0.05], "train.steps": [4, 9000]}
-    assert comparison["metrics"]["loss"][0] == result["loss"]
+    assert comparison["metrics"]["loss"][0] == result["loss"] and comparison["environment"] == {}
     assert "loss.lambda" in hyperprior("compare", "all/good", "all/long").stdout
+    rows = (tmp_path / "all" / "long" / "metrics.jsonl").read_text().splitlines()
+    start = next(row for row in map(json.loads, rows[:-1]) if row["kind"] == "started")
+    start.update(step=long["step"], workers=2)
+    (tmp_path / "all" / "long" / "metrics.jsonl").write_text("\n".join([*rows[:-1], json.dumps(start)]))
+    assert runs.compare(tmp_path / "all" / "good", tmp_path / "all" / "long")["environment"] == {"workers": [1, 2]}
     assert "no run there" in hyperprior("runs", tmp_path / "all" / "good" / "model", check=2).stderr
     assert "is no run" in hyperprior("compare", "all", "all/good", check=2).stderr
 
