@@ -139,6 +139,7 @@ def test_all_workers_can_resume_after_a_full_disk_on_the_chief(tmp_path: Path, a
     assert newest(tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_workers_sh_restarts_all_workers_after_a_kill(tmp_path: Path, arguments: list[object]) -> None:
     arguments += ["train.steps=40", "train.checkpoint_every=5", "train.validate_every=null"]
     disturbed(tmp_path, arguments, [kill])
