@@ -217,7 +217,7 @@ class Codec:
     def latents_of(self, images: Sequence[np.ndarray], dead_zone: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """ŷ [B, h, w, M] float32 and the integers of ẑ [B, h/4, w/4, C] of images with one padded size.
 
-        Without `dead_zone`, ŷ are the nearest integers, as in training; the search for better ones starts from them.
+        Without `dead_zone`, ŷ are the nearest integers, from which the search for better ones starts.
         """
         rows_of_z, columns_of_z = (blocks(side) for side in images[0].shape[:2])
         model = self.config.model

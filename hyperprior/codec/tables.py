@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hyperprior.codec.range_coder import Counts
+from hyperprior.model.densities import BITS_PER_SQUARE
 
 INT16 = np.iinfo(np.int16)  # the type of an escape
-BITS_PER_SQUARE = 32.0  # what a squared error of 1 in y is worth to `dead_zone`, see codec/README.md
 
 
 class Tables(NamedTuple):

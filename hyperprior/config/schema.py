@@ -182,7 +182,9 @@ class Train(Section):
         "to this run's lambda; dimensions must be the same, but num_filters may be larger",
     )
     proxy: Literal["noise", "rounded"] = field(
-        "noise", "input of g_s in training: y with uniform noise, or y rounded, with a straight-through gradient"
+        "noise",
+        "what replaces quantisation in training: uniform noise, or y as the encoder rounds it, with a straight-through "
+        "gradient in g_s, and one by noise in the rate",
     )
     learning_rate: float = field(1e-4, "Adam's peak learning rate", may_change=True, gt=0)
     schedule: Literal["constant", "cosine", "steps", "plateau"] = field(

@@ -15,6 +15,7 @@ from hyperprior.model.architecture import PRIOR_WIDTHS
 STAGES = len(PRIOR_WIDTHS) - 1
 MOST_DOUBLINGS, BISECTIONS = 40, 100  # beyond what float64 can resolve
 MAX_BITS = 16  # the most that a value costs: no probability in a file's tables is below 2⁻¹⁶
+BITS_PER_SQUARE = 32.0  # what a squared error of 1 in y is worth to the encoder, see codec/README.md
 
 
 def cumulative_logits(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:

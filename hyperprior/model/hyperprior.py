@@ -10,8 +10,8 @@ Ballé, Minnen, Singh, Hwang, Johnston: "Variational image compression with a sc
                                          ▲
                                          │ deep factorised prior ∗ U(−½, ½)
 
-In training, "quantise" adds uniform noise. Elsewhere it rounds: y to integers, and z to integers plus the median of its
-prior.
+In training, "quantise" adds uniform noise. Elsewhere it rounds: y to integers with a dead zone, and z to integers plus
+the median of its prior.
 """
 
 from __future__ import annotations
@@ -89,20 +89,32 @@ class ScaleHyperprior(tf.Module):
     def train(self, x: tf.Tensor, noise_y: tf.Tensor, noise_z: tf.Tensor, proxy: str = "noise") -> Forward:
         """The differentiable forward pass, where noise in [−½, ½) of the latents' shapes replaces quantisation.
 
-        With `proxy` "rounded", g_s gets the rounded y, and the gradient ignores the rounding. The rates are still
-        those of y and z with noise.
+        With `proxy` "rounded", g_s gets y as the encoder rounds it, and the rate is that of these integers. The
+        gradient by y ignores the rounding in g_s, and in the rate it is that of y with noise.
         """
         y = self.g_a(x)
-        z = self.h_a(tf.abs(y))
-        y_hat = y + tf.stop_gradient(tf.round(y) - y) if proxy == "rounded" else y + noise_y
-        return self._decode(y + noise_y, z + noise_z, y_hat)
+        z = self.h_a(tf.abs(y)) + noise_z
+        log_scales = self.h_s(z)
+        scales = self.scales(log_scales)
+        y_hat = y + noise_y
+        if proxy == "noise":
+            bits_y = priors.gaussian_bits(y_hat, scales)
+        else:
+            by_noise = priors.gaussian_bits(y_hat, tf.stop_gradient(scales))
+            integers = tf.stop_gradient(priors.round_latents(y, scales))
+            bits_y = priors.gaussian_bits(integers, scales) + by_noise - tf.stop_gradient(by_noise)
+            y_hat = y + tf.stop_gradient(integers - y)
+        return Forward(self.g_s(y_hat), bits_y, self.prior.bits(z), y_hat, log_scales)
 
     def round(self, x: tf.Tensor, z_offset: tf.Tensor) -> Forward:
         """The forward pass as the codec computes it, in float32. `z_offset`: the result of `z_offset()`."""
         y = self.g_a(x, precise=True)
-        z = self.h_a(tf.abs(y), precise=True)
-        y_hat = tf.round(y)
-        return self._decode(y_hat, tf.round(z - z_offset) + z_offset, y_hat, precise=True)
+        z = tf.round(self.h_a(tf.abs(y), precise=True) - z_offset) + z_offset
+        log_scales = self.h_s(z, precise=True)
+        scales = self.scales(log_scales)
+        y_hat = priors.round_latents(y, scales)
+        bits_y = priors.gaussian_bits(y_hat, scales)
+        return Forward(self.g_s(y_hat, precise=True), bits_y, self.prior.bits(z), y_hat, log_scales)
 
     def reconstruct(self, x: tf.Tensor, z_offset: tf.Tensor) -> tuple[tf.Tensor, Forward]:
         """(x̂, forward pass) of [B, H, W, 3] images of any size. x̂ has the values of 8-bit pixels, in [0, 1]."""
@@ -120,17 +132,6 @@ class ScaleHyperprior(tf.Module):
         """Standard deviations, clipped to the table's range. Outside it, only gradients that lead back into it pass."""
         low, high = math.log(self._settings.scale_min), math.log(self._settings.scale_max)
         return tf.exp(upper_bound(lower_bound(log_scales, low), high))
-
-    def _decode(self, y: tf.Tensor, z: tf.Tensor, y_hat: tf.Tensor, precise: bool = False) -> Forward:
-        """Computes the rates from y and z, and the pixels from y_hat."""
-        log_scales = self.h_s(z, precise)
-        return Forward(
-            x_hat=self.g_s(y_hat, precise),
-            bits_y=priors.gaussian_bits(y, self.scales(log_scales)),
-            bits_z=self.prior.bits(z),
-            y=y,
-            log_scales=log_scales,
-        )
 
 
 def pad(x: tf.Tensor) -> tf.Tensor:

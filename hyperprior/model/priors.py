@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from hyperprior.model.architecture import PRIOR_WIDTHS
-from hyperprior.model.densities import MAX_BITS, STAGES
+from hyperprior.model.densities import BITS_PER_SQUARE, MAX_BITS, STAGES
 
 # The initial scale of the prior of z. With 10, as in tensorflow-compression, the rate of z is three times as high
 # after 500 steps.
@@ -109,6 +109,15 @@ def gaussian_bits_each(y: tf.Tensor, scale: tf.Tensor) -> Any:
 
     bits = tf.math.log(tf.maximum(mass, SMALLEST_MASS)) / -math.log(2.0)
     return tf.minimum(bits, float(MAX_BITS)), gradient
+
+
+def round_latents(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """y rounded as the encoder does: to integers, with a dead zone that grows with what they cost.
+
+    `codec.tables` derives the factor; there the bits are those of the tables.
+    """
+    zero, one = (gaussian_bits_each(tf.fill(tf.shape(scale), value), scale) for value in (0.0, 1.0))
+    return tf.round(y / (1.0 + (one - zero) / BITS_PER_SQUARE))
 
 
 def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:

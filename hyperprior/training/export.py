@@ -202,7 +202,7 @@ def report_exported(out: Path, exported: Exported, terminal: Terminal) -> dict[s
 
 
 def measure_cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
-    """Measures the rate that integers and tables cost on a few held-out images, with latents as in training.
+    """Measures the rate that integers and tables cost on a few held-out images.
 
     Returns bits per pixel: the float model's estimate, the estimate with integer h_s, and the size of real files.
     """
@@ -214,7 +214,7 @@ def measure_cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
         offset = model.z_offset()
         for image in images:
             out = model.round(pad(tf.constant(image[None], tf.float32) / 255.0), offset)
-            y, z = made.latents_of([image], dead_zone=False)
+            y, z = made.latents_of([image])
             file = container.write(made.encode(y, z, [(image.shape[0], image.shape[1])])[0])
             pixels += image.shape[0] * image.shape[1]
             estimate += float(out.bits_y[0] + out.bits_z[0])

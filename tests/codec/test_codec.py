@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from hyperprior import config, storage
 from hyperprior.codec import codec as codecs
-from hyperprior.codec import container, exact, making, tables, tiles
+from hyperprior.codec import container, exact, making, tiles
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.numpy_engine import NumPyEngine
 from hyperprior.errors import BitstreamError, ConfigError, DataError
-from hyperprior.model import architecture
+from hyperprior.model import architecture, densities
 from hyperprior.storage import Arrays, TrainedWeights
 
 SETTINGS = config.Config(model=config.Model(num_filters=8, latent_channels=12, hyper_channels=8))
@@ -278,7 +278,7 @@ def test_the_dead_zone_ends_where_an_integer_is_worth_its_bits(codec: Codec) -> 
         assert 0.5 < factor <= 1.0
         for k in (1, 2, 3) if low + step * table > 0.0 else (1,):  # for small scales the tables end at 1
             y = (k - 0.5) / factor  # from here on y is rounded to k
-            costs = [bits[value - first] + tables.BITS_PER_SQUARE * (y - value) ** 2 for value in (k - 1, k)]
+            costs = [bits[value - first] + densities.BITS_PER_SQUARE * (y - value) ** 2 for value in (k - 1, k)]
             assert abs(costs[0] - costs[1]) < (1e-4 if k == 1 else 0.05), (table, k)
 
 

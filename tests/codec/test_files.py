@@ -282,10 +282,7 @@ def set_table(values: list[int], at: int = 0) -> Callable[[storage.Arrays], None
         (lambda a: a["tables/escape"].__iadd__(1), "first values or escapes do not fit"),
         (lambda a: a["tables/first"].__iadd__(2**30), "first values or escapes do not fit"),
         (lambda a: a["h_s/1/kernel"].__imul__(2**24), "h_s/1 cannot be made exact"),
-        (
-            lambda a: a.update({"g_s/6/kernel": np.zeros(2**23, np.float64)}),
-            "it holds 67,.* bytes; at most 33,554,432",
-        ),
+        (lambda a: a.update({"g_s/6/kernel": np.zeros(2**23, np.float64)}), "it holds 67,.* bytes; at most 33,554,432"),
     ],
 )
 def test_impossible_models_are_named_in_one_line(

@@ -261,26 +261,42 @@ def test_bits_of_y_are_those_of_the_gaussian_mass_in_each_bin() -> None:
     np.testing.assert_allclose(bits, [expected], rtol=1e-4)
 
 
-def test_rounded_latents_reach_the_synthesis_and_their_gradient_passes_through() -> None:
+def test_training_with_rounded_latents_has_the_pixels_and_bits_of_the_codec() -> None:
     m, x = ScaleHyperprior(SETTINGS), images(2, 1, 64, 64)
-    m.named_variables()["g_a/6/kernel"].assign(3.0 * m.named_variables()["g_a/6/kernel"])
-    noise = [tf.random.stateless_uniform((1, *shape), (1, 2), -0.5, 0.5) for shape in m.latent_shapes(64, 64)]
     kernel = m.named_variables()["g_a/6/kernel"]
+    kernel.assign(30.0 * kernel)
+    noise = [tf.random.stateless_uniform((1, *shape), (1, 2), -0.5, 0.5) for shape in m.latent_shapes(64, 64)]
     results = {}
     for proxy in ("noise", "rounded"):
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=True) as tape:
             out = m.train(x, *noise, proxy)
             error = tf.reduce_sum(tf.square(out.x_hat - x))
-        results[proxy] = out, tape.gradient(error, kernel)
+        scales = tape.gradient(out.bits_y, out.log_scales)
+        results[proxy] = out, tape.gradient(error, kernel), tape.gradient(out.bits_y, kernel), scales
     noisy, rounded = results["noise"][0], results["rounded"][0]
-    np.testing.assert_array_equal(noisy.bits_y, rounded.bits_y)
     np.testing.assert_array_equal(noisy.bits_z, rounded.bits_z)
-    np.testing.assert_allclose(rounded.x_hat, m.g_s(tf.round(m.g_a(x))), atol=1e-6)
+    y, scales = m.g_a(x), m.scales(rounded.log_scales)
+    integers = priors.round_latents(y, scales)
+    assert np.any(integers != tf.round(y)) and np.all(np.abs(integers) <= np.abs(tf.round(y)))
+    np.testing.assert_allclose(rounded.x_hat, m.g_s(integers), atol=1e-5)
+    np.testing.assert_allclose(rounded.bits_y, priors.gaussian_bits(integers, scales), rtol=1e-6)
     # The gradient is the same as if the rounding error were an added constant.
     with tf.GradientTape() as tape:
         y = m.g_a(x)
-        error = tf.reduce_sum(tf.square(m.g_s(y + tf.constant((tf.round(y) - y).numpy())) - x))
-    np.testing.assert_allclose(results["rounded"][1], tape.gradient(error, kernel), rtol=1e-4, atol=1e-5)
+        error = tf.reduce_sum(tf.square(m.g_s(y + tf.constant((integers - y).numpy())) - x))
+    np.testing.assert_allclose(results["rounded"][1], tape.gradient(error, kernel), rtol=1e-4, atol=1e-4)
+    # The rate has the gradient of the integers by the scales, and that of y with noise by y.
+    with tf.GradientTape() as tape:
+        tape.watch(rounded.log_scales)
+        bits = priors.gaussian_bits(integers, m.scales(rounded.log_scales))
+    np.testing.assert_allclose(results["rounded"][3], tape.gradient(bits, rounded.log_scales), rtol=1e-4, atol=1e-6)
+    assert not np.allclose(results["rounded"][3], results["noise"][3], rtol=1e-2)
+    with tf.GradientTape() as tape:
+        y = m.g_a(x)
+        z = m.h_a(tf.abs(y)) + noise[1]
+        scales = m.scales(m.h_s(z))
+        bits = priors.gaussian_bits(y + noise[0], tf.stop_gradient(scales)) + priors.gaussian_bits(integers, scales)
+    np.testing.assert_allclose(results["rounded"][2], tape.gradient(bits, kernel), rtol=1e-3, atol=1e-4)
 
 
 def test_an_unlikely_value_counts_its_cost_in_a_file_and_has_the_gradient_of_the_density() -> None:
