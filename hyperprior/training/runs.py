@@ -122,18 +122,21 @@ def read_result(run: Path) -> Optional[dict[str, Any]]:
 
 
 def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """The table that `hyperprior runs` prints. `summaries`: results of `summarise`."""
-    grid = Table(box=None, header_style="bold", pad_edge=False)
+    """The table that `hyperprior runs` prints. `summaries`: results of `summarise`, at least one."""
+    folder = os.path.commonpath([Path(summary["run"]).absolute().parent for summary in summaries])
+    grid = Table(title=f"runs in {folder}", title_justify="left", box=None, header_style="bold", pad_edge=False)
     grid.add_column("run", overflow="fold")
-    grid.add_column("state")
+    grid.add_column("state", no_wrap=True)
     columns = [name for name in RESULT if any(name in summary for summary in summaries)]
-    for title in ("lambda", "step", *(METRICS[name].title for name in columns), "split", "size"):
-        grid.add_column(title, justify="right")
+    splits = {summary["split"] for summary in summaries}
+    for title in ("lambda", "step", *(METRICS[name].title for name in columns), *["split"] * (len(splits) > 1), "size"):
+        grid.add_column(title, justify="right", no_wrap=True)
     for summary in summaries:
         grid.add_row(
-            *(summary["run"], summary["state"], f"{summary['lambda']:g}", f"{summary['step']:,}"),
+            *(os.path.relpath(summary["run"], folder), summary["state"]),
+            *(f"{summary['lambda']:g}", f"{summary['step']:,}"),
             *(cell(name, summary.get(name)) for name in columns),
-            summary["split"],
+            *[summary["split"]] * (len(splits) > 1),
             f"{summary['bytes'] / 2**20:,.0f} MiB",
         )
     return grid

@@ -65,7 +65,11 @@ def test_runs_are_listed_with_their_state_and_can_be_compared(
     assert json.loads((tmp_path / "all" / "good" / "results.json").read_text()) == result
 
     lines = hyperprior("runs", "all").stdout.splitlines()
-    assert len(lines) == 4 and lines[1].split()[:2] == ["all/bad", "diverged"]
+    assert (
+        lines[0].strip() == f"runs in {tmp_path / 'all'}"
+        and len(lines) == 5
+        and lines[2].split()[:2] == ["bad", "diverged"]
+    )
     comparison = json.loads(hyperprior("compare", "all/good", "all/long", "--json").stdout)
     assert comparison["config"] == {"loss.lambda": [0.013, 0.05], "train.steps": [4, 9000]}
     assert comparison["metrics"]["loss"][0] == result["loss"] and comparison["environment"] == {}
