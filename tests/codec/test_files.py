@@ -561,7 +561,7 @@ path, engine = sys.argv[1], sys.argv[2]
 data = open(path, "rb").read()
 codec = load("q1", engine=engine)
 codec.decompress(data)                       # the parent has decoded once
-first = np.asarray(Image.open(path))
+first = np.asarray(Image.open(path), np.int16)
 
 def decode(number):
     try:
@@ -569,7 +569,7 @@ def decode(number):
         own = "decodes"
     except ConfigError as error:
         own = str(error)
-    return own, np.array_equal(np.asarray(Image.open(path)), first)
+    return own, np.abs(np.asarray(Image.open(path)) - first).max() <= 1  # another engine may round differently
 
 with multiprocessing.get_context("fork").Pool(2) as pool:
     print(pool.map_async(decode, range(4)).get(120))

@@ -199,7 +199,7 @@ def test_results_are_means_over_the_images_of_values_of_real_files(
     mse, ms_ssim = (next(row for row in summary["bd"] if row["curve"].endswith(f", {m}")) for m in ("MSE", "MS-SSIM"))
     assert mse["against"] == "JPEG 4:2:0" and abs(mse["psnr_db"]["rate_percent"]) < 1.0
     assert "has 1 of the 4 points" in ms_ssim["psnr_db"]["refused"]
-    text = (tmp_path / "out" / "summary.md").read_text()
+    text = re.sub(" +", " ", (tmp_path / "out" / "summary.md").read_text())
     assert "has 1 of the 4 points" in text and f"| c | 0.0067 | mse | {point['bpp']:.4f} |" in text
     equal = {row["model"]: row for row in summary["models"] if row["against"] == "JPEG 4:2:0"}
     assert set(equal) == set("abcds") and all(abs(row["psnr_db"]) < 1.0 for row in equal.values())
