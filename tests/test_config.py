@@ -94,6 +94,7 @@ def test_a_repeated_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
         ("train={!!timestamp 2001-01-01: 1}", "keys should be strings"),
         ("seed=!!binary aGk=", "`seed` is b'hi'"),
         ("se\ned=1", "unknown key `se\\ned`"),
+        ("data.\ntrain=[a", "write 'data.\\ntrain=[a, b]'"),
         ("seed=" + 4000 * "1", "`seed` is 11111"),
         ("model.num_filters=99999999999", "less than or equal to 4096"),
         ("seed=" + 5000 * "[", "not valid YAML"),

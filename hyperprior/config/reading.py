@@ -84,7 +84,7 @@ def apply_override(tree: dict[str, Any], override: str, follows: bool) -> None:
             names = [name for name in Config.model_fields if name != "seed"]
             raise ConfigError(f"{shown}: `{show_key(section)}` is not a section; {', '.join(names)} are")
     if text.startswith("[") and "]" not in text:
-        raise ConfigError(f"{shown}: not valid YAML: the list does not end; in a shell write '{key}=[a, b]'")
+        raise ConfigError(f"{shown}: not valid YAML: the list does not end; in a shell write '{show_key(key)}=[a, b]'")
     is_plain_source = key in SOURCE_KEYS and re.match("[^\\['\"]", text)  # it may contain any characters
     value = [text] if is_plain_source else parse_yaml(text, shown)
     adds = follows and key in SOURCE_KEYS and value and isinstance(value, list) and isinstance(node[leaf], list)
