@@ -17,6 +17,9 @@ class HyperpriorError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # values from files may hold line breaks
+
 
 class GateError(HyperpriorError):
     """`evaluate --gate`: a model is worse than the stored result by more than the margin."""

@@ -24,6 +24,13 @@ def fill(folder: Path, *steps: int) -> None:
         checkpoint.save(checkpoint.path_of(folder, step), ARRAYS, {"step": step})
 
 
+def test_an_error_is_one_line_whatever_the_file_says(tmp_path: Path) -> None:
+    storage.save_arrays(tmp_path / "x.npz", {"a": np.zeros(1)}, {}, file_format="1\n2\u20283")
+    with pytest.raises(ConfigError) as error:
+        storage.load_arrays(tmp_path / "x.npz", 1)
+    assert "has format 1 2 3; this version reads format 1" in str(error.value)
+
+
 def test_loading_returns_the_saved_arrays_and_state(tmp_path: Path) -> None:
     fill(tmp_path, 3)
     arrays, state = storage.load_arrays(checkpoint.path_of(tmp_path, 3), checkpoint.FORMAT)
