@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hyperprior import config, storage
+from hyperprior import config, load, storage
 from hyperprior.model import initial, kernels, layers, metrics, priors, quality
 from hyperprior.model.architecture import Convolution, Normalisation
 from hyperprior.model.bounds import NonNegative
@@ -297,6 +297,17 @@ def test_training_with_rounded_latents_has_the_pixels_and_bits_of_the_codec() ->
         scales = m.scales(m.h_s(z))
         bits = priors.gaussian_bits(y + noise[0], tf.stop_gradient(scales)) + priors.gaussian_bits(integers, scales)
     np.testing.assert_allclose(results["rounded"][2], tape.gradient(bits, kernel), rtol=1e-3, atol=1e-4)
+
+
+def test_training_rounds_as_the_encoder_does() -> None:
+    codec = load("q3")
+    settings = codec.config.model
+    scales = np.geomspace(settings.scale_min, settings.scale_max, settings.num_scales).astype(np.float32)
+    y = np.linspace(-40.0, 40.0, 20_001, dtype=np.float32)[:, None]
+    trained = priors.round_latents(tf.constant(y), tf.constant(scales[None]))
+    coded = np.rint(y * codec.dead_zone)
+    assert np.mean(trained != coded) < 2e-3  # the tables' probabilities are rounded
+    assert np.mean(np.rint(y) != coded) > 0.02
 
 
 def test_an_unlikely_value_counts_its_cost_in_a_file_and_has_the_gradient_of_the_density() -> None:
