@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from rich.table import Table
+from rich.text import Text
 
 from hyperprior import config, storage
 from hyperprior.errors import ConfigError
 from hyperprior.metric_table import METRICS, RESULT, cell, read_record, read_row
+from hyperprior.terminal import show_controls
 from hyperprior.training import checkpoint
 
 TAIL_BYTES = 2**18  # read from the end of metrics.jsonl, which grows with a run
@@ -122,9 +124,10 @@ def read_result(run: Path) -> Optional[dict[str, Any]]:
 
 
 def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
-    """The table that `hyperprior runs` prints. `summaries`: results of `summarise`, at least one."""
-    folder = os.path.commonpath([Path(summary["run"]).absolute().parent for summary in summaries])
-    grid = Table(title=f"runs in {folder}", title_justify="left", box=None, header_style="bold", pad_edge=False)
+    """The table that `hyperprior runs` prints. `summaries`: results of `summarise`."""
+    folder = os.path.commonpath([Path(summary["run"]).absolute().parent for summary in summaries] or [Path()])
+    head = Text(show_controls(f"runs in {folder}"))  # a plain string could hold markup
+    grid = Table(title=head, title_justify="left", box=None, header_style="bold", pad_edge=False)
     grid.add_column("run", overflow="fold")
     grid.add_column("state", no_wrap=True)
     columns = [name for name in RESULT if any(name in summary for summary in summaries)]
@@ -133,7 +136,7 @@ def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
         grid.add_column(title, justify="right", no_wrap=True)
     for summary in summaries:
         grid.add_row(
-            *(os.path.relpath(summary["run"], folder), summary["state"]),
+            *(show_controls(os.path.relpath(summary["run"], folder)), summary["state"]),
             *(f"{summary['lambda']:g}", f"{summary['step']:,}"),
             *(cell(name, summary.get(name)) for name in columns),
             *[summary["split"]] * (len(splits) > 1),
@@ -165,9 +168,9 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
 
 def make_comparison_table(comparison: dict[str, Any]) -> Table:
     """The table that `hyperprior compare` prints."""
-    grid = Table("", *comparison["runs"], box=None, header_style="bold", pad_edge=False)
+    grid = Table("", *map(show_controls, comparison["runs"]), box=None, header_style="bold", pad_edge=False)
     for key, values in (comparison["config"] | comparison["environment"]).items():
-        grid.add_row(key, *map(str, values))
+        grid.add_row(key, *(show_controls(str(value)) for value in values))
     grid.add_row("")
     for name, values in comparison["metrics"].items():
         grid.add_row(name, *(cell(name, v) if name in METRICS else f"{v:,}" if type(v) is int else v for v in values))

@@ -20,6 +20,7 @@ from hyperprior import storage
 from hyperprior.config import load_config
 from hyperprior.errors import ConfigError
 from hyperprior.machine import doctor
+from hyperprior.terminal import Terminal
 from hyperprior.training import runs
 from hyperprior.watch.summaries import Summaries
 
@@ -180,3 +181,17 @@ def test_runs_that_go_while_they_are_read_are_left_out(tmp_path: Path, monkeypat
     (tmp_path / "b" / "metrics.jsonl").unlink()
     (summary,) = runs.summarise_all([tmp_path])
     assert summary["run"] == str(tmp_path / "b") and summary["bytes"] == len("seed: 0\n")
+
+
+def test_the_names_of_runs_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "[red]a\x1b[31m"
+    for name in ("x\x1b[31m[bold]", "y"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "lock").touch()
+        (folder / name / "config.yaml").write_text("seed: 0\n")
+    terminal = Terminal()
+    terminal.say(runs.make_table(runs.summarise_all([folder])))
+    terminal.say(runs.make_comparison_table(runs.compare(*runs.find_runs([folder]))))
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and "[red]a" in output and "x\\x1b[31m[bold]" in output
+    terminal.say(runs.make_table([]))
