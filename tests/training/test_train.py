@@ -207,6 +207,7 @@ def test_a_run_writes_the_documented_files(
     assert json.loads((run / "results.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_and_changes_no_weights(
     hyperprior: Command, tmp_path: Path, flat_tar: Path, empty_config: Path
 ) -> None:
@@ -331,7 +332,7 @@ def test_a_directory_that_is_no_run_is_not_changed(hyperprior: Command, tmp_path
     "options",
     [
         ["train.precision=mixed_bfloat16"],
-        ["train.xla=true"],
+        pytest.param(["train.xla=true"], marks=pytest.mark.slow),
         ["loss.metric=ms-ssim", "loss.lambda=8.73", "data.patch_size=192", "data.eval_crop=full"],
         ["train.epochs=2", "train.validate_every=1 epoch", "data.eval_crop=full"],
     ],

@@ -50,7 +50,8 @@ def test_two_workers_train_like_one_stop_together_and_continue_as_one(
     assert lines(tmp_path / "two", "val")[0]["images"] == 21
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_stop_takes_effect_within_a_call_of_many_steps(tmp_path: Path, arguments: list[object], count: int) -> None:
     intervals = ["train.steps_per_call=400", "train.validate_every=null", "summaries.scalars_every=400"]
     intervals += ["train.steps=5000", "train.checkpoint_every=5000", "--run", "r"]
@@ -216,7 +217,8 @@ def workers_of(shell: int) -> list[int]:
     return [int(pid) for pid in listing.stdout.split()]
 
 
-@pytest.mark.parametrize(("share", "code"), [(0.01, 3), pytest.param(1.0, 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "code"), [(0.01, 3), (1.0, 0)])
 def test_a_shard_truncated_during_a_run_is_counted_alike_on_every_worker(
     tmp_path: Path, arguments: list[object], share: float, code: int
 ) -> None:
