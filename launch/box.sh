@@ -30,11 +30,12 @@ put_in_the_box() {  # run, name
     "$hyperprior" export "runs/box/$1" --out "hyperprior/codec/box/$2.npz" --force
 }
 
-train start null 0.0483 13000 1e-3 data.patch_size=128 train.batch_size=8
+lambdas=("" 0.0035 0.0067 0.013 0.025 0.0483)  # of q1 to q5
+
+train start null "${lambdas[5]}" 13000 1e-3 data.patch_size=128 train.batch_size=8
 before=start
-for point in "5 0.0483" "4 0.025" "3 0.013" "2 0.0067" "1 0.0035"; do
-    read -r quality lmbda <<< "$point"
-    train "narrow-$quality" "runs/box/$before" "$lmbda" 4000 5e-4
+for quality in 5 4 3 2 1; do
+    train "narrow-$quality" "runs/box/$before" "${lambdas[quality]}" 4000 5e-4
     before="narrow-$quality"
 done
 for point in "5 60.5" "4 31.73" "3 16.64" "2 8.73" "1 4.58"; do
@@ -42,17 +43,18 @@ for point in "5 60.5" "4 31.73" "3 16.64" "2 8.73" "1 4.58"; do
     train "ms-ssim-$quality" "runs/box/narrow-$quality" "$lmbda" 1500 3e-4 loss.metric=ms-ssim train.validate_every=250
     put_in_the_box "ms-ssim-$quality" "q$quality-ms-ssim"
 done
-train longer-5 runs/box/narrow-5 0.0483 5000 4e-4
+train longer-5 runs/box/narrow-5 "${lambdas[5]}" 5000 4e-4
 before=longer-5
-for point in "5 0.0483 6000 5e-4" "4 0.025 3000 3e-4" "3 0.013 1600 2.5e-4"; do
-    read -r quality lmbda steps rate <<< "$point"
-    train "wide-$quality" "runs/box/$before" "$lmbda" "$steps" "$rate" model.num_filters=96
+for point in "5 6000 5e-4" "4 3000 3e-4" "3 1600 2.5e-4"; do
+    read -r quality steps rate <<< "$point"
+    train "wide-$quality" "runs/box/$before" "${lambdas[quality]}" "$steps" "$rate" model.num_filters=96
     before="wide-$quality"
 done
-train longer-2 runs/box/narrow-2 0.0067 2400 3e-4
-for point in "5 wide-5 0.0483 96" "4 wide-4 0.025 96" "3 wide-3 0.013 96" "2 longer-2 0.0067 64" "1 narrow-1 0.0035 64"; do
-    read -r quality before lmbda filters <<< "$point"
-    train "last-$quality" "runs/box/$before" "$lmbda" 600 1e-4 "model.num_filters=$filters" train.validate_every=600
+train longer-2 runs/box/narrow-2 "${lambdas[2]}" 2400 3e-4
+for point in "5 wide-5 96" "4 wide-4 96" "3 wide-3 96" "2 longer-2 64" "1 narrow-1 64"; do
+    read -r quality before filters <<< "$point"
+    train "last-$quality" "runs/box/$before" "${lambdas[quality]}" 600 1e-4 "model.num_filters=$filters" \
+        train.validate_every=600
     put_in_the_box "last-$quality" "q$quality"
 done
 models=(q{1..5} q{1..5}-ms-ssim)

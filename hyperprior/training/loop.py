@@ -173,7 +173,8 @@ class Trainer:
             if self.needs_validation_first():
                 stopped = not self.validate(track)
                 self.save_checkpoint()
-            track.line("the first step takes longer: it makes the graph", label="train")
+            if not stopped and not self.is_finished():
+                track.line("the first step takes longer: it makes the graph", label="train")
             call: Optional[Call] = None
             while not stopped and not self.is_finished():
                 progress.profile()

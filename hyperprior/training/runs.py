@@ -131,17 +131,16 @@ def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
     grid.add_column("run", overflow="fold")
     grid.add_column("state", no_wrap=True)
     columns = [name for name in RESULT if any(name in summary for summary in summaries)]
-    splits = {summary["split"] for summary in summaries}
-    for title in ("lambda", "step", *(METRICS[name].title for name in columns), *["split"] * (len(splits) > 1), "size"):
+    split = ["split"] if len({summary["split"] for summary in summaries}) > 1 else []
+    for title in ("lambda", "step", *(METRICS[name].title for name in columns), *split, "size"):
         grid.add_column(title, justify="right", no_wrap=True)
     for summary in summaries:
-        grid.add_row(
-            *(show_controls(os.path.relpath(summary["run"], folder)), summary["state"]),
-            *(f"{summary['lambda']:g}", f"{summary['step']:,}"),
-            *(cell(name, summary.get(name)) for name in columns),
-            *[summary["split"]] * (len(splits) > 1),
-            f"{summary['bytes'] / 2**20:,.0f} MiB",
-        )
+        cells = [os.path.relpath(summary["run"], folder), summary["state"]]
+        cells += [f"{summary['lambda']:g}", f"{summary['step']:,}"]
+        cells += [cell(name, summary.get(name)) for name in columns]
+        cells += [summary[name] or "" for name in split]
+        cells += [f"{summary['bytes'] / 2**20:,.0f} MiB"]
+        grid.add_row(*map(show_controls, cells))
     return grid
 
 
@@ -173,5 +172,6 @@ def make_comparison_table(comparison: dict[str, Any]) -> Table:
         grid.add_row(key, *(show_controls(str(value)) for value in values))
     grid.add_row("")
     for name, values in comparison["metrics"].items():
-        grid.add_row(name, *(cell(name, v) if name in METRICS else f"{v:,}" if type(v) is int else v for v in values))
+        texts = (cell(name, v) if name in METRICS else f"{v:,}" if type(v) is int else v or "" for v in values)
+        grid.add_row(name, *map(show_controls, texts))
     return grid

@@ -54,6 +54,12 @@ def page(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_markdown_table_is_aligned() -> None:
+    lines = ["| a    | b\\|c |", "| ---- | ---- |", "| long | 1    |", ""]
+    assert report.to_markdown([["a", "b|c"], ["long", "1"]]) == lines
+    assert report.to_markdown([["a", "b|c"]]) == []
+
+
 def test_a_report_needs_no_network_and_file_names_cannot_break_it(page: Path) -> None:
     text = page.read_text()
     assert set(re.findall(r"https?://[^\"'\s)]+", text)) <= {"http://www.w3.org/2000/svg"}

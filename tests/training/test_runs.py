@@ -66,11 +66,8 @@ def test_runs_are_listed_with_their_state_and_can_be_compared(
     assert json.loads((tmp_path / "all" / "good" / "results.json").read_text()) == result
 
     lines = hyperprior("runs", "all").stdout.splitlines()
-    assert (
-        lines[0].strip() == f"runs in {tmp_path / 'all'}"
-        and len(lines) == 5
-        and lines[2].split()[:2] == ["bad", "diverged"]
-    )
+    assert lines[0].strip() == f"runs in {tmp_path / 'all'}"
+    assert len(lines) == 5 and lines[2].split()[:2] == ["bad", "diverged"]
     comparison = json.loads(hyperprior("compare", "all/good", "all/long", "--json").stdout)
     assert comparison["config"] == {"loss.lambda": [0.013, 0.05], "train.steps": [4, 9000]}
     assert comparison["metrics"]["loss"][0] == result["loss"] and comparison["environment"] == {}
@@ -189,6 +186,8 @@ def test_the_names_of_runs_cannot_command_the_terminal(tmp_path: Path, capsys: p
         (folder / name).mkdir(parents=True)
         (folder / name / "lock").touch()
         (folder / name / "config.yaml").write_text("seed: 0\n")
+    numbers = {"trained_steps": 3, "step": 2, "lambda": 0.1}
+    (folder / "y" / "results.json").write_text(json.dumps({**numbers, "split": "\x1b[31mval"}))
     terminal = Terminal()
     terminal.say(runs.make_table(runs.summarise_all([folder])))
     terminal.say(runs.make_comparison_table(runs.compare(*runs.find_runs([folder]))))
