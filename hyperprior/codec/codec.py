@@ -20,7 +20,7 @@ from hyperprior import config, stack, storage
 from hyperprior.codec import box, container, exact, range_coder
 from hyperprior.codec.numpy_engine import NumPyEngine
 from hyperprior.codec.symbols import Decoder, Encoder
-from hyperprior.codec.tables import INT16, Tables
+from hyperprior.codec.tables import INT16, LARGEST, Tables
 from hyperprior.codec.tiles import (
     G_A_MARGIN,
     G_S_MARGIN,
@@ -207,9 +207,10 @@ class Codec:
         prior = storage.with_prefix("prior/", self.weights)
         z_hat = z.reshape(-1, z.shape[-1]) + exact.offset_values(self.z_offsets)
         total = densities.bits_of_z(prior, z_hat)
+        model = self.config.model
         for rows in strips(z.shape, H_S_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
-            total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], exact.scales(sums, self.config.model))
+            total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], exact.scales(sums, model), model.density)
         return total
 
     # The steps of compression and decompression: images ↔ latents ↔ strings -------------------------------
@@ -232,7 +233,9 @@ class Codec:
             z[:, rows.target()] = strip[:, rows.inside()]
         if dead_zone:
             for rows in strips(z.shape, H_S_MARGIN):
-                y[:, rows.target(Z_ELEMENTS)] *= self.dead_zone[self.indexes(z, rows)]
+                strip = y[:, rows.target(Z_ELEMENTS)]
+                nearest = np.minimum(np.rint(np.abs(strip)), LARGEST).astype(np.intp)
+                strip -= np.copysign(self.dead_zone[self.indexes(z, rows), nearest], strip)
         np.rint(y, out=y)
         return np.clip(y, INT16.min, INT16.max, out=y), z
 

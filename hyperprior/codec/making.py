@@ -14,7 +14,7 @@ from hyperprior.codec import exact
 from hyperprior.codec.tables import Tables
 from hyperprior.config import Model
 from hyperprior.errors import ConfigError
-from hyperprior.model.densities import MAX_BITS, cumulative_logits, find_medians
+from hyperprior.model.densities import MAX_BITS, cumulative, cumulative_logits, find_medians, quantile
 from hyperprior.storage import Arrays, TrainedWeights
 
 PRECISION = MAX_BITS  # bits of a probability: the most that the range coder accepts
@@ -53,14 +53,14 @@ def make_arrays(trained: TrainedWeights) -> Arrays:
 
 
 def make_tables(prior: Arrays, z_offset: np.ndarray, settings: Model) -> Tables:
-    """Tables for y, Gaussians convolved with a unit box, and for z + z_offset under `prior`, see `densities`.
+    """Tables for y, its density convolved with a unit box, and for z + z_offset under `prior`, see `densities`.
 
     All is computed in float64 with NumPy, whose errors are too small to change how a table rounds: the same weights
     give the same model everywhere.
     """
     low, step = exact.log_scale_table(settings)
     scales = [math.exp(low + step * index) for index in range(settings.num_scales)]
-    masses = [*map(gaussian_masses, scales), *factorized_masses(prior, z_offset)]
+    masses = [masses_of_y(scale, settings.density) for scale in scales] + factorized_masses(prior, z_offset)
     lookup, escape = [], []
     for _, probabilities in masses:
         pmf = np.append(probabilities, max(1.0 - probabilities.sum(), 0.0)).astype(np.float32)
@@ -98,12 +98,12 @@ def quantise(pmf: np.ndarray, precision: int = PRECISION) -> np.ndarray:
     return counts
 
 
-def gaussian_masses(scale: float) -> Masses:
+def masses_of_y(scale: float, density: str) -> Masses:
     """The masses of the values of y with one standard deviation."""
-    half = math.ceil(-special.ndtri(TAIL_MASS / 2) * scale - 0.5)
+    half = math.ceil(-quantile(density, TAIL_MASS / 2) * scale - 0.5)
     outliers = min(OUTLIERS + math.ceil(OUTLIERS_PER_SCALE * scale), MAX_OUTLIERS)
     half = min(max(1, half) + outliers, MAX_HALF_WIDTH)
-    return Masses(-half, np.diff(special.ndtr((np.arange(-half, half + 2) - 0.5) / scale)))
+    return Masses(-half, np.diff(cumulative(density, (np.arange(-half, half + 2) - 0.5) / scale)))
 
 
 def factorized_masses(prior: Arrays, z_offset: np.ndarray) -> list[Masses]:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from hyperprior.codec.tiles import Z_ELEMENTS
-from hyperprior.model.priors import gaussian_bits_each
+from hyperprior.model.priors import Bits
 
 # Only a share of the elements may step in a round, because the cost of a step assumes that the others stay. The share
 # falls from the first of these towards the second. 0.25 in all rounds saves less.
@@ -37,6 +37,7 @@ Transform = Callable[[tf.Tensor], tf.Tensor]
 def search(
     g_s: Transform,
     scales: Transform,
+    bits_of_y: Bits,
     bits_of_z: Transform,
     y: tf.Tensor,
     z: tf.Tensor,
@@ -48,7 +49,8 @@ def search(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """(ŷ, integers of ẑ) after `rounds` rounds: float32, as `y` [1, h, w, M] and `z` [1, h/4, w/4, C].
 
-    They depend only on the arguments. `scales`: z → σ, [1, h, w, M]; `bits_of_z`: z → the bits of each element;
+    They depend only on the arguments. `scales`: z → σ, [1, h, w, M]; `bits_of_y`: (y, σ), and
+    `bits_of_z`: z → the bits of each element;
     `x`: [1, 16h, 16w, 3] in [0, 1]; `real`: [1, 16h, 16w, 1], 0 for pixels of padding, whose errors do not count;
     `inside`: [1, h/4, w/4, 1], 0 for blocks that must not change; `weight`: the cost in bits of a squared error of 1 in
     one value of x̂, or 0 if ŷ must not change.
@@ -66,12 +68,12 @@ def search(
             tape.watch(y)
             error = weight * tf.reduce_sum(real * tf.square(x - tf.clip_by_value(g_s(y), 0.0, 1.0)))
         gradient = tape.gradient(error, y)
-        return step(y, lambda y: gaussian_bits_each(y, scales_now), gradient, curvature_y, draw(number, y) * inside_y)
+        return step(y, lambda y: bits_of_y(y, scales_now), gradient, curvature_y, draw(number, y) * inside_y)
 
     def step_z(number: tf.Tensor, y: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             tape.watch(z)
-            bits = tf.reduce_sum(gaussian_bits_each(y, scales(z)))
+            bits = tf.reduce_sum(bits_of_y(y, scales(z)))
         return step(z, bits_of_z, tape.gradient(bits, z), curvature_z, draw(number, z) * inside)
 
     def run_round(number: tf.Tensor, y: tf.Tensor, z: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -83,7 +85,7 @@ def search(
         lambda: estimate_curvature(g_s, y, 2.0 * weight * real, tf.nn.avg_pool2d(real, 16, 16, "SAME")),
         lambda: tf.zeros_like(y),
     )
-    outer = curvature_of_bits(y, scales(z))
+    outer = curvature_of_bits(bits_of_y, y, scales(z))
     curvature_z = estimate_curvature(lambda z: tf.math.log(scales(z)), z, outer, tf.ones_like(inside))
     shapes = (tf.TensorShape([]), *(tf.TensorShape([1, None, None, values.shape[-1]]) for values in (y, z)))
     loop = (tf.constant(0), y, z)
@@ -102,9 +104,9 @@ def step(values: tf.Tensor, bits_of: Transform, gradient: tf.Tensor, curvature: 
     return tf.clip_by_value(values + best * may, -LIMIT, LIMIT)
 
 
-def curvature_of_bits(y: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
+def curvature_of_bits(bits_of_y: Bits, y: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
     """The second derivative of each element's bits by the logarithm of its scale, and at least a small one."""
-    low, middle, high = (gaussian_bits_each(y, scales * math.exp(d)) for d in (-EPSILON, 0.0, EPSILON))
+    low, middle, high = (bits_of_y(y, scales * math.exp(d)) for d in (-EPSILON, 0.0, EPSILON))
     return tf.maximum((low + high - 2.0 * middle) / EPSILON**2, LEAST_CURVATURE_OF_BITS)
 
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 from hyperprior.codec import container
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.exact import SUM_BITS
-from hyperprior.codec.tables import Tables
+from hyperprior.codec.tables import LARGEST, Tables
 from hyperprior.codec.tensorflow_engine import round_to_int16
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.model.hyperprior import pad
@@ -54,7 +54,8 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
     y = engine.analyse_in_graph(pad(image[None]))
     z = engine.hyper_analyse_in_graph(y)
     index = indexes(codec, z)
-    y = round_to_int16(y * tf.gather(codec.dead_zone, index))
+    nearest = tf.minimum(tf.cast(tf.round(tf.abs(y)), tf.int32), LARGEST)
+    y = round_to_int16(y - tf.sign(y) * tf.gather_nd(codec.dead_zone, tf.stack([index, nearest], -1)))
     handle = operations.create_range_encoder([1], codec.tables.lookup)
     handle, z_outside = encode(operations, handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
     handle, y_outside = encode(operations, handle, codec.tables, y, index)

@@ -6,7 +6,6 @@ the coded string. So the number of decoding steps depends only on the image's si
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from hyperprior.codec.range_coder import Counts
 from hyperprior.model.densities import BITS_PER_SQUARE
 
+LARGEST = 15  # an integer beyond it has the same dead zone: it is rare, or its table so wide that there is almost none
 INT16 = np.iinfo(np.int16)  # the type of an escape
 
 
@@ -37,15 +37,14 @@ class Tables(NamedTuple):
             raise ValueError("first values or escapes do not fit the tables")
 
     def dead_zone(self, counts: Counts, num_scales: int) -> np.ndarray:
-        """What the encoder multiplies y by before it rounds, for each table of y: [num_scales] float32, at most 1.
+        """How much later than at k − ½ the encoder rounds |y| to k instead of k − 1: [num_scales, LARGEST + 1] float32.
 
         An integer k costs more bits than k − 1, and is worth them if the error is smaller by as much. With a squared
-        error worth w bits this is so for y > k − ½ + (bits(k) − bits(k − 1)) / 2w. With Gaussian bits that is k − ½
-        times one factor for all k, so the factor of k = 1 serves for all.
+        error worth w bits this is so for |y| > k − ½ + (bits(k) − bits(k − 1)) / 2w.
         """
-        factors = np.ones(num_scales, np.float32)
+        shifts = np.zeros((num_scales, LARGEST + 1), np.float32)
         for table, cumulative in enumerate(counts.cumulative[:num_scales]):
-            zero, one = np.clip(np.arange(2) - self.first[table], 0, self.escape[table])
-            masses = np.diff(cumulative)
-            factors[table] += max(math.log2(masses[zero] / masses[one]), 0.0) / BITS_PER_SQUARE
-        return 1.0 / factors
+            symbols = np.clip(np.arange(LARGEST + 1) - self.first[table], 0, self.escape[table])
+            bits = -np.log2(np.diff(cumulative)[symbols])
+            shifts[table, 1:] = np.maximum(np.diff(bits), 0.0) / (2.0 * BITS_PER_SQUARE)
+        return shifts

@@ -81,7 +81,10 @@ class TensorFlowEngine:
         def scales(z: tf.Tensor) -> tf.Tensor:
             return self.model.scales(self.model.h_s(z + offsets))
 
-        return search.search(self.model.g_s, scales, lambda z: self.model.prior.bits_each(z + offsets), *inputs)
+        def bits_of_z(z: tf.Tensor) -> tf.Tensor:
+            return self.model.prior.bits_each(z + offsets)
+
+        return search.search(self.model.g_s, scales, self.model.bits_of_each_y, bits_of_z, *inputs)
 
 
 def make_graph(run: Any, signature: list[tf.TensorSpec]) -> Any:

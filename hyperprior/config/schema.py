@@ -143,6 +143,9 @@ class Model(Section):
     num_filters: int = field(128, "N: channels inside g_a and g_s", ge=1, le=4096)
     latent_channels: int = field(192, "M: channels of y", ge=1, le=4096)
     hyper_channels: int = field(128, "channels of z, and inside h_a and h_s", ge=1, le=4096)
+    density: Literal["gaussian", "logistic"] = field(
+        "gaussian", "the density of y around 0; logistic: with heavier tails, for fewer bits than the paper's Gaussian"
+    )
     num_scales: int = field(64, "number of scales in the table, which is log-spaced", ge=2)
     scale_min: float = field(0.11, "smallest standard deviation of y", gt=0)
     scale_max: float = field(256.0, "largest standard deviation of y", gt=0)

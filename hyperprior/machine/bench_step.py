@@ -146,7 +146,7 @@ def time_entropy_model(model: ScaleHyperprior, world: World, side: int, repeats:
         y, z = (v + priors.uniform_noise(s, 1, tf.constant(0, tf.int64), places) for v, s in zip(latents, shapes))
         with tf.GradientTape() as tape:
             tape.watch([y, z, log_scales])
-            total = tf.reduce_sum(priors.gaussian_bits(y, model.scales(log_scales)))
+            total = tf.reduce_sum(model.bits_of_y(y, model.scales(log_scales)))
             total += tf.reduce_sum(model.prior.bits(z))
         return tape.gradient(total, [y, z, log_scales])
 

@@ -7,6 +7,7 @@ of the prior of z have the names of `priors.FactorizedPrior`, such as `matrix_0`
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from hyperprior.model.architecture import PRIOR_WIDTHS
 STAGES = len(PRIOR_WIDTHS) - 1
 MOST_DOUBLINGS, BISECTIONS = 40, 100  # beyond what float64 can resolve
 MAX_BITS = 16  # the most that a value costs: no probability in a file's tables is below 2⁻¹⁶
+LOGISTIC_SLOPE = math.pi / math.sqrt(3.0)  # of the logistic density with a standard deviation of 1
 BITS_PER_SQUARE = 32.0  # what a squared error of 1 in y is worth to the encoder, see codec/README.md
 
 
@@ -63,12 +65,24 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -x))
 
 
-def bits_of_y(y: np.ndarray, scales: np.ndarray) -> float:
-    """−log2 of the masses of N(0, scales²) in [y − ½, y + ½], summed. A value counts at most MAX_BITS."""
+def bits_of_y(y: np.ndarray, scales: np.ndarray, density: str) -> float:
+    """−log2 of the masses of the density in [y − ½, y + ½], summed. A value counts at most MAX_BITS."""
+    distance = np.abs(y)
+    return sum_bits(cumulative(density, (0.5 - distance) / scales) - cumulative(density, (-0.5 - distance) / scales))
+
+
+def cumulative(density: str, x: np.ndarray) -> np.ndarray:
+    """The cumulative density of y with a standard deviation of 1; `density`: see config.Model."""
     from scipy import special
 
-    distance = np.abs(y)
-    return sum_bits(special.ndtr((0.5 - distance) / scales) - special.ndtr((-0.5 - distance) / scales))
+    return special.ndtr(x) if density == "gaussian" else special.expit(LOGISTIC_SLOPE * x)
+
+
+def quantile(density: str, mass: float) -> float:
+    """The x whose `cumulative` is `mass`."""
+    from scipy import special
+
+    return float(special.ndtri(mass) if density == "gaussian" else special.logit(mass) / LOGISTIC_SLOPE)
 
 
 def sum_bits(masses: np.ndarray) -> float:

@@ -57,6 +57,7 @@ class ScaleHyperprior(tf.Module):
         self.h_a = Transform(architecture.hyper_analysis(settings), dtype)
         self.h_s = Transform(architecture.hyper_synthesis(settings), dtype)
         self.prior = priors.FactorizedPrior(settings.hyper_channels)
+        self.bits_of_each_y = priors.BITS[settings.density]
         self._settings = settings
 
     def named_variables(self) -> dict[str, tf.Variable]:
@@ -98,11 +99,11 @@ class ScaleHyperprior(tf.Module):
         scales = self.scales(log_scales)
         y_hat = y + noise_y
         if proxy == "noise":
-            bits_y = priors.gaussian_bits(y_hat, scales)
+            bits_y = self.bits_of_y(y_hat, scales)
         else:
-            by_noise = priors.gaussian_bits(y_hat, tf.stop_gradient(scales))
-            integers = tf.stop_gradient(priors.round_latents(y, scales))
-            bits_y = priors.gaussian_bits(integers, scales) + by_noise - tf.stop_gradient(by_noise)
+            by_noise = self.bits_of_y(y_hat, tf.stop_gradient(scales))
+            integers = tf.stop_gradient(priors.round_latents(y, scales, self.bits_of_each_y))
+            bits_y = self.bits_of_y(integers, scales) + by_noise - tf.stop_gradient(by_noise)
             y_hat = y + tf.stop_gradient(integers - y)
         return Forward(self.g_s(y_hat), bits_y, self.prior.bits(z), y_hat, log_scales)
 
@@ -112,8 +113,8 @@ class ScaleHyperprior(tf.Module):
         z = tf.round(self.h_a(tf.abs(y), precise=True) - z_offset) + z_offset
         log_scales = self.h_s(z, precise=True)
         scales = self.scales(log_scales)
-        y_hat = priors.round_latents(y, scales)
-        bits_y = priors.gaussian_bits(y_hat, scales)
+        y_hat = priors.round_latents(y, scales, self.bits_of_each_y)
+        bits_y = self.bits_of_y(y_hat, scales)
         return Forward(self.g_s(y_hat, precise=True), bits_y, self.prior.bits(z), y_hat, log_scales)
 
     def reconstruct(self, x: tf.Tensor, z_offset: tf.Tensor) -> tuple[tf.Tensor, Forward]:
@@ -127,6 +128,10 @@ class ScaleHyperprior(tf.Module):
         """The median of each channel's prior, modulo 1: [hyper_channels] float32. Call it rarely: it bisects."""
         medians = densities.find_medians(self.prior.arrays())
         return tf.constant(medians - np.rint(medians), tf.float32)
+
+    def bits_of_y(self, y: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
+        """−log2 of the masses of y's density in [y − ½, y + ½], summed over all but the first axis: [B]."""
+        return tf.reduce_sum(self.bits_of_each_y(y, scales), axis=(1, 2, 3))
 
     def scales(self, log_scales: tf.Tensor) -> tf.Tensor:
         """Standard deviations, clipped to the table's range. Outside it, only gradients that lead back into it pass."""

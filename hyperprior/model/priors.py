@@ -1,19 +1,20 @@
 """The bits that latents cost: −log2 of their probability under the model's densities (paper, section 3, appendix 6).
 
-Each element of y has a Gaussian with its own scale. Each channel of z has a learned density. Both are convolved with a
-unit box, which models rounding. The noise of training is drawn here, too.
+Each element of y has a Gaussian (or a logistic density) with its own scale. Each channel of z has a learned density.
+Both are convolved with a unit box, which models rounding. The noise of training is drawn here, too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from hyperprior.model.architecture import PRIOR_WIDTHS
-from hyperprior.model.densities import BITS_PER_SQUARE, MAX_BITS, STAGES
+from hyperprior.model.densities import BITS_PER_SQUARE, LOGISTIC_SLOPE, MAX_BITS, STAGES
 
 # The initial scale of the prior of z. With 10, as in tensorflow-compression, the rate of z is three times as high
 # after 500 steps.
@@ -55,11 +56,8 @@ class FactorizedPrior(tf.Module):
         lower, upper = tf.split(self._logits(tf.concat([values - 0.5, values + 0.5], axis=2)), 2, axis=2)
         # Both ends are mirrored to the side of the median where their sigmoids are small, and so precise.
         is_above = lower + upper > 0.0
-        large, small = tf.where(is_above, -lower, upper), tf.where(is_above, -upper, lower)
-        log_large, log_small = tf.math.log_sigmoid(large), tf.math.log_sigmoid(small)
-        log_mass = log_large + tf.math.log1p(-tf.exp(log_small - log_large))
-        each = limit_bits(log_mass[:, 0] * (-1.0 / math.log(2.0)))
-        return tf.reshape(tf.transpose(each), tf.shape(z))
+        each = sigmoid_bits(tf.where(is_above, -upper, lower), tf.where(is_above, -lower, upper))
+        return tf.reshape(tf.transpose(each[:, 0]), tf.shape(z))
 
     def _logits(self, x: tf.Tensor) -> tf.Tensor:
         """The network: [C, 1, values], the logit of the cumulative density of each value."""
@@ -74,20 +72,30 @@ class FactorizedPrior(tf.Module):
         return {name: variable.numpy() for name, variable in self.parameters.items()}
 
 
+def sigmoid_bits(lower: tf.Tensor, upper: tf.Tensor) -> tf.Tensor:
+    """−log2(sigmoid(upper) − sigmoid(lower)) of each value, for lower + upper at most 0.
+
+    A value counts at most MAX_BITS. The gradient is still that of the logarithm.
+    """
+    log_upper, log_lower = tf.math.log_sigmoid(upper), tf.math.log_sigmoid(lower)
+    return limit_bits((log_upper + tf.math.log1p(-tf.exp(log_lower - log_upper))) * (-1.0 / math.log(2.0)))
+
+
 @tf.custom_gradient
 def limit_bits(bits: tf.Tensor) -> Any:
     """At most MAX_BITS, with the gradient of `bits`."""
     return tf.minimum(bits, float(MAX_BITS)), lambda d: d
 
 
-def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    """−log2 of the mass of N(0, scale²) in [y − ½, y + ½], summed over all but the first axis: [B]."""
-    return tf.reduce_sum(gaussian_bits_each(y, scale), axis=(1, 2, 3))
+def logistic_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """`gaussian_bits` of a logistic density with the same standard deviation."""
+    distance, slope = tf.abs(y), LOGISTIC_SLOPE / scale
+    return sigmoid_bits((-0.5 - distance) * slope, (0.5 - distance) * slope)
 
 
 @tf.custom_gradient
-def gaussian_bits_each(y: tf.Tensor, scale: tf.Tensor) -> Any:
-    """`gaussian_bits` of each value, in y's shape.
+def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> Any:
+    """−log2 of the mass of N(0, scale²) in [y − ½, y + ½], of each value.
 
     A value counts at most MAX_BITS. The gradient is still that of the mass's logarithm. Where the mass underflows, it
     is that of the normal's tail.
@@ -111,13 +119,19 @@ def gaussian_bits_each(y: tf.Tensor, scale: tf.Tensor) -> Any:
     return tf.minimum(bits, float(MAX_BITS)), gradient
 
 
-def round_latents(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    """y rounded as the encoder does: to integers, with a dead zone that grows with what they cost.
-
-    `codec.tables` derives the factor; there the bits are those of the tables.
+def round_latents(y: tf.Tensor, scale: tf.Tensor, bits: Bits) -> tf.Tensor:
+    """y rounded as the encoder does: to the nearest integer, or the next one towards 0 if that saves more bits than its
+    larger error costs. In `codec.tables`, the bits are those of the tables.
     """
-    zero, one = (gaussian_bits_each(tf.fill(tf.shape(scale), value), scale) for value in (0.0, 1.0))
-    return tf.round(y / (1.0 + (one - zero) / BITS_PER_SQUARE))
+    nearest = tf.round(y)
+    smaller = nearest - tf.sign(nearest)
+    saved = bits(nearest, scale) - bits(smaller, scale)
+    error = tf.math.squared_difference(y, smaller) - tf.math.squared_difference(y, nearest)
+    return tf.where(saved > BITS_PER_SQUARE * error, smaller, nearest)
+
+
+Bits = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (y, scale) → bits, all of one shape
+BITS: dict[str, Bits] = {"gaussian": gaussian_bits, "logistic": logistic_bits}  # by config.Model.density
 
 
 def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:

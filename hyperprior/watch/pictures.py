@@ -16,7 +16,6 @@ from hyperprior import metric_table
 from hyperprior.config import Loss
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.model.metrics import measure
-from hyperprior.model.priors import gaussian_bits_each
 from hyperprior.reference import baselines, published
 from hyperprior.watch.summaries import Summaries
 
@@ -74,7 +73,7 @@ def make_look(model: ScaleHyperprior, loss: Loss) -> Callable[[np.ndarray, tf.Te
     def run(images: tf.Tensor, z_offset: tf.Tensor) -> tuple[Any, ...]:
         x = tf.cast(images, tf.float32) / 255.0
         x_hat, out = model.reconstruct(x, z_offset)
-        bits = gaussian_bits_each(out.y, model.scales(out.log_scales))
+        bits = model.bits_of_each_y(out.y, model.scales(out.log_scales))
         values = measure(x, x_hat, out.bits_y, out.bits_z, loss, with_ms_ssim=True)
         return tf.cast(tf.round(x_hat * 255.0), tf.uint8), bits, out.y, out.log_scales, values
 

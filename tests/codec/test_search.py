@@ -18,6 +18,7 @@ from hyperprior.codec import codec as codecs
 from hyperprior.codec import container, search
 from hyperprior.errors import ConfigError
 from hyperprior.model import quality
+from hyperprior.model.priors import gaussian_bits
 
 WEIGHT, CHANNELS = 60.0, 5
 rng = np.random.RandomState(0)
@@ -50,7 +51,7 @@ def test_the_search_finds_the_best_integers_and_spends_nothing_on_padding(monkey
     start = np.rint(truth)
     z = tf.zeros((1, 2, 2, 1))
     arguments = (tf.constant(start), z, x, real, inside, tf.constant(WEIGHT), tf.constant(60))
-    result, same_z = search.search(blocks, lambda z: scales + 0.0 * repeat(z), tf.abs, *arguments)
+    result, same_z = search.search(blocks, lambda z: scales + 0.0 * repeat(z), gaussian_bits, tf.abs, *arguments)
     assert np.array_equal(same_z, z)
     result = result.numpy()
 
@@ -77,7 +78,9 @@ def test_the_search_finds_most_of_what_better_scales_save(monkeypatch: pytest.Mo
     real, inside = np.ones((1, 768, 768, 1), np.float32), np.ones((1, 12, 12, 1), np.float32)
     inside[:, :, 0] = 0.0
     arguments = (y, tf.zeros((1, 12, 12, 1)), 0.0 * real, real, inside, tf.constant(0.0), tf.constant(60))
-    same_y, z = search.search(blocks, lambda z: tf.exp(0.5 * repeat(z)), lambda z: 0.5 * tf.abs(z), *arguments)
+    same_y, z = search.search(
+        blocks, lambda z: tf.exp(0.5 * repeat(z)), gaussian_bits, lambda z: 0.5 * tf.abs(z), *arguments
+    )
     assert np.array_equal(same_y, y)
 
     each = [bits_of(y, np.exp(0.5 * v)).reshape(12, 4, 12, 4).sum((1, 3)) + 0.5 * abs(v) for v in range(-8, 9)]
@@ -156,7 +159,7 @@ def test_tiles_lose_little(q3: codecs.Codec, image: np.ndarray, monkeypatch: pyt
 
 def test_the_dead_zone_lowers_the_loss(q3: codecs.Codec, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     with_it = q3.compress(image)
-    monkeypatch.setattr(q3, "dead_zone", np.ones_like(q3.dead_zone))
+    monkeypatch.setattr(q3, "dead_zone", np.zeros_like(q3.dead_zone))
     without = q3.compress(image)
     assert len(with_it) < len(without) and loss(q3, image, with_it) < loss(q3, image, without)
 

@@ -32,17 +32,21 @@ def test_gdn_equals_its_closed_form_and_tfcs(inverse: bool) -> None:
     np.testing.assert_allclose(gdn(x), theirs(x), rtol=1e-5)
 
 
-def test_gaussian_bits_and_their_gradient_equal_tfcs() -> None:
+@pytest.mark.parametrize("density", ["gaussian", "logistic"])
+def test_bits_of_y_and_their_gradient_equal_tfcs(density: str) -> None:
     values, scales = np.meshgrid([0.0, 0.3, -1.2, 4.4, -9.5, 30.0, -300.0], np.geomspace(0.11, 256, 30))
     y = tf.Variable(values.reshape(1, 7, 30, 1), dtype=tf.float32)
     scale = tf.Variable(scales.reshape(1, 7, 30, 1), dtype=tf.float32)
     with tf.GradientTape(persistent=True) as tape:
-        ours = priors.gaussian_bits(y, scale)
-        each = tfc.NoisyNormal(loc=0.0, scale=scale).log_prob(y) / -math.log(2)
-        theirs = tf.reduce_sum(each)
-    np.testing.assert_allclose(ours, [np.minimum(each, priors.MAX_BITS).sum()], rtol=1e-5)
+        ours = priors.BITS[density](y, scale)
+        if density == "gaussian":
+            distribution = tfc.NoisyNormal(loc=0.0, scale=scale)
+        else:
+            distribution = tfc.NoisyLogistic(loc=0.0, scale=scale * math.sqrt(3) / math.pi)
+        each = distribution.log_prob(y) / -math.log(2)
+    np.testing.assert_allclose(ours, np.minimum(each, priors.MAX_BITS), rtol=3e-5, atol=1e-8)
     for variable in (y, scale):
-        mine, other = (tape.gradient(bits, variable).numpy() for bits in (ours, theirs))
+        mine, other = (tape.gradient(bits, variable).numpy() for bits in (ours, each))
         near = each.numpy() < 90  # beyond this, the mass underflows
         np.testing.assert_allclose(mine[near], other[near], rtol=2e-3, atol=2e-4)
         np.testing.assert_allclose(mine[~near], other[~near], rtol=1e-2)

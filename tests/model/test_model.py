@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from hyperprior import config, load, storage
+from hyperprior.codec.tables import LARGEST
 from hyperprior.model import initial, kernels, layers, metrics, priors, quality
 from hyperprior.model.architecture import Convolution, Normalisation
 from hyperprior.model.bounds import NonNegative
@@ -247,24 +248,27 @@ def test_names_of_variables_are_stable_and_complete() -> None:
 # priors ---------------------------------------------------------------------------------------------------
 
 
-def test_bits_of_y_are_those_of_the_gaussian_mass_in_each_bin() -> None:
-    m = ScaleHyperprior(SETTINGS)
+@pytest.mark.parametrize("density", ["gaussian", "logistic"])
+def test_bits_of_y_are_those_of_the_mass_in_each_bin(density: str) -> None:
+    m = ScaleHyperprior(SETTINGS.model_copy(update={"density": density}))
     y = np.array([0.0, 1.0, -3.0, 7.0])
     scale = np.array([0.11, 1.0, 2.0, 256.0])
 
     def cdf(v: float) -> float:
-        return 0.5 * math.erfc(-v / math.sqrt(2))
+        return 0.5 * math.erfc(-v / math.sqrt(2)) if density == "gaussian" else 1.0 / (1.0 + math.exp(-v * slope))
 
+    slope = math.pi / math.sqrt(3.0)
     expected = sum(-math.log2(cdf((v + 0.5) / s) - cdf((v - 0.5) / s)) for v, s in zip(y, scale))
     scales = m.scales(tf.constant(np.log(scale), tf.float32))
-    bits = priors.gaussian_bits(tf.reshape(tf.constant(y, tf.float32), (1, 1, 1, 4)), scales)
+    bits = m.bits_of_y(tf.reshape(tf.constant(y, tf.float32), (1, 1, 1, 4)), scales)
     np.testing.assert_allclose(bits, [expected], rtol=1e-4)
 
 
-def test_training_with_rounded_latents_has_the_pixels_and_bits_of_the_codec() -> None:
-    m, x = ScaleHyperprior(SETTINGS), images(2, 1, 64, 64)
+@pytest.mark.parametrize("density", ["gaussian", "logistic"])
+def test_training_with_rounded_latents_has_the_pixels_and_bits_of_the_codec(density: str) -> None:
+    m, x = ScaleHyperprior(SETTINGS.model_copy(update={"density": density})), images(2, 1, 64, 64)
     kernel = m.named_variables()["g_a/6/kernel"]
-    kernel.assign(30.0 * kernel)
+    kernel.assign(4.0 * kernel)
     noise = [tf.random.stateless_uniform((1, *shape), (1, 2), -0.5, 0.5) for shape in m.latent_shapes(64, 64)]
     results = {}
     for proxy in ("noise", "rounded"):
@@ -276,10 +280,10 @@ def test_training_with_rounded_latents_has_the_pixels_and_bits_of_the_codec() ->
     noisy, rounded = results["noise"][0], results["rounded"][0]
     np.testing.assert_array_equal(noisy.bits_z, rounded.bits_z)
     y, scales = m.g_a(x), m.scales(rounded.log_scales)
-    integers = priors.round_latents(y, scales)
+    integers = priors.round_latents(y, scales, m.bits_of_each_y)
     assert np.any(integers != tf.round(y)) and np.all(np.abs(integers) <= np.abs(tf.round(y)))
     np.testing.assert_allclose(rounded.x_hat, m.g_s(integers), atol=1e-6)
-    np.testing.assert_allclose(rounded.bits_y, priors.gaussian_bits(integers, scales), rtol=1e-6)
+    np.testing.assert_allclose(rounded.bits_y, m.bits_of_y(integers, scales), rtol=1e-6)
     # The gradient is the same as if the rounding error were an added constant.
     with tf.GradientTape() as tape:
         y = m.g_a(x)
@@ -288,14 +292,14 @@ def test_training_with_rounded_latents_has_the_pixels_and_bits_of_the_codec() ->
     # The rate has the gradient of the integers by the scales, and that of y with noise by y.
     with tf.GradientTape() as tape:
         tape.watch(rounded.log_scales)
-        bits = priors.gaussian_bits(integers, m.scales(rounded.log_scales))
+        bits = m.bits_of_y(integers, m.scales(rounded.log_scales))
     np.testing.assert_allclose(results["rounded"][3], tape.gradient(bits, rounded.log_scales), rtol=1e-4, atol=1e-6)
     assert not np.allclose(results["rounded"][3], results["noise"][3], rtol=1e-2)
     with tf.GradientTape() as tape:
         y = m.g_a(x)
         z = m.h_a(tf.abs(y)) + noise[1]
         scales = m.scales(m.h_s(z))
-        bits = priors.gaussian_bits(y + noise[0], tf.stop_gradient(scales)) + priors.gaussian_bits(integers, scales)
+        bits = m.bits_of_y(y + noise[0], tf.stop_gradient(scales)) + m.bits_of_y(integers, scales)
     np.testing.assert_allclose(results["rounded"][2], tape.gradient(bits, kernel), rtol=1e-3, atol=1e-4)
 
 
@@ -303,9 +307,10 @@ def test_training_rounds_as_the_encoder_does() -> None:
     codec = load("q3")
     settings = codec.config.model
     scales = np.geomspace(settings.scale_min, settings.scale_max, settings.num_scales).astype(np.float32)
-    y = np.linspace(-40.0, 40.0, 20_001, dtype=np.float32)[:, None]
-    trained = priors.round_latents(tf.constant(y), tf.constant(scales[None]))
-    coded = np.rint(y * codec.dead_zone)
+    y = np.linspace(-4.0, 4.0, 20_001, dtype=np.float32)[:, None] * scales
+    trained = priors.round_latents(tf.constant(y), tf.constant(scales[None]), priors.BITS[settings.density])
+    nearest = np.minimum(np.rint(abs(y)), LARGEST).astype(int)
+    coded = np.rint(y - np.copysign(codec.dead_zone[np.arange(settings.num_scales), nearest], y))
     assert np.mean(trained != coded) < 2e-3  # the tables' probabilities are rounded
     assert np.mean(np.rint(y) != coded) > 0.02
 
