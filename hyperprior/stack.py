@@ -63,6 +63,8 @@ def start_tensorflow(precision: str = "float32") -> None:
         raise ConfigError(f"TensorFlow cannot be imported ({reason}); {describe_working_versions()}") from error
     finally:
         if sets_onednn:
+            with contextlib.suppress(Exception):  # of a TensorFlow that does not work
+                is_onednn_on()  # its library reads the setting at the first call
             del os.environ[ONEDNN]  # child processes must not inherit it
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if not numbers or tuple(map(int, numbers.groups())) < OLDEST:

@@ -152,6 +152,7 @@ if __name__ == "__main__":
     from hyperprior import cli, stack
 
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    stack.start_tensorflow()  # as a command does, before a fault imports TensorFlow with other kernels
     rest = list(itertools.dropwhile(lambda argument: "=" in argument, sys.argv[1:]))
     apply(sys.argv[1 : len(sys.argv) - len(rest)])
     sys.argv[1:] = rest

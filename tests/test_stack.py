@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import pytest
 from conftest import Command, photo
@@ -64,9 +65,15 @@ def test_private_modules_are_imported_in_one_place_and_this_tensorflow_has_them(
     package = Path(__file__).parents[1] / "hyperprior"
     files = [path.name for path in package.rglob("*.py") if re.search(r"tensorflow\.python", path.read_text())]
     assert files == ["stack.py"]
-    for setting, expected in (("0", "False"), ("1", "True")):
-        code = "from hyperprior import stack; stack.start_tensorflow(); print(stack.is_onednn_on())"
-        assert run_code(code, TF_ENABLE_ONEDNN_OPTS=setting) == expected
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(None, "True"), ("0", "False"), ("1", "True")])
+def test_it_is_known_whether_onednn_is_on(
+    monkeypatch: pytest.MonkeyPatch, setting: Optional[str], expected: str
+) -> None:
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    code = "from hyperprior import stack; stack.start_tensorflow(); print(stack.is_onednn_on())"
+    assert run_code(code, **({"TF_ENABLE_ONEDNN_OPTS": setting} if setting else {})) == expected
 
 
 def test_a_worker_uses_as_many_cpu_devices_as_it_was_told() -> None:
