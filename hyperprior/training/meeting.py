@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -134,9 +136,20 @@ def make_strategy_of_workers(address: str) -> tf.distribute.Strategy:
 
 @contextlib.contextmanager
 def give_up_after(seconds: int) -> Iterator[None]:
-    """Ends the process as a lost worker does if the block takes longer: its thread may be waiting in TensorFlow."""
+    """Ends the process as a lost worker does if the block takes longer: its thread may be waiting in TensorFlow.
 
-    def give_up() -> None:
+    At some moment of the block TensorFlow's library takes SIGTERM for itself. It is given back at once: the process
+    would not end on it.
+    """
+    is_over, library, handler = threading.Event(), ctypes.CDLL(None), ctypes.create_string_buffer(1024)
+    library.sigaction(signal.SIGTERM, None, handler)
+
+    def watch() -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if is_over.wait(0.05):
+                return
+            library.sigaction(signal.SIGTERM, handler, None)
         print(
             f"hyperprior: another worker ended or stopped answering: all had met, but after {seconds} s they have not "
             f"joined; start the same command on all workers again",
@@ -145,13 +158,13 @@ def give_up_after(seconds: int) -> Iterator[None]:
         )
         os._exit(LostWorker.exit_code)
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        timer.cancel()
+        is_over.set()
+        watcher.join()
 
 
 @contextlib.contextmanager
