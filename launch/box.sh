@@ -3,8 +3,8 @@
 # First models of 64 filters: a long run at the highest lambda on small patches, so that a step sees many images; then
 # each lambda starts from the next higher one, on larger patches: small ones consist mostly of borders for h_a and h_s
 # (configs/README.md). The models for MS-SSIM start from these. q5 is trained on, widened to 96 filters and trained
-# again, and q4 and q3 follow it. With q1 and q2 as wide, the package would be larger than 30 MB. All five end with a
-# low rate.
+# again, and q4 and q3 follow it. With q1 and q2 as wide, the package would be larger than 30 MB. All five go on with a
+# low rate, and then with a logistic density of y.
 #
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
 #
@@ -51,10 +51,13 @@ for point in "5 6000 5e-4" "4 3000 3e-4" "3 1600 2.5e-4"; do
     before="wide-$quality"
 done
 train longer-2 runs/box/narrow-2 "${lambdas[2]}" 2400 3e-4
-for point in "5 wide-5 96" "4 wide-4 96" "3 wide-3 96" "2 longer-2 64" "1 narrow-1 64"; do
-    read -r quality before filters <<< "$point"
-    train "last-$quality" "runs/box/$before" "${lambdas[quality]}" 600 1e-4 "model.num_filters=$filters" \
+for point in "5 wide-5 96 1200 2e-4" "4 wide-4 96 600 1e-4" "3 wide-3 96 1200 2e-4" "2 longer-2 64 600 1e-4" \
+    "1 narrow-1 64 600 1e-4"; do
+    read -r quality before filters steps rate <<< "$point"
+    train "low-$quality" "runs/box/$before" "${lambdas[quality]}" 600 1e-4 "model.num_filters=$filters" \
         train.validate_every=600
+    train "last-$quality" "runs/box/low-$quality" "${lambdas[quality]}" "$steps" "$rate" "model.num_filters=$filters" \
+        model.density=logistic train.validate_every=300
     put_in_the_box "last-$quality" "q$quality"
 done
 models=(q{1..5} q{1..5}-ms-ssim)
