@@ -87,12 +87,6 @@ def limit_bits(bits: tf.Tensor) -> Any:
     return tf.minimum(bits, float(MAX_BITS)), lambda d: d
 
 
-def logistic_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    """`gaussian_bits` of a logistic density with the same standard deviation."""
-    distance, slope = tf.abs(y), LOGISTIC_SLOPE / scale
-    return sigmoid_bits((-0.5 - distance) * slope, (0.5 - distance) * slope)
-
-
 @tf.custom_gradient
 def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> Any:
     """−log2 of the mass of N(0, scale²) in [y − ½, y + ½], of each value.
@@ -119,6 +113,16 @@ def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> Any:
     return tf.minimum(bits, float(MAX_BITS)), gradient
 
 
+def logistic_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """`gaussian_bits` of a logistic density with the same standard deviation."""
+    distance, slope = tf.abs(y), LOGISTIC_SLOPE / scale
+    return sigmoid_bits((-0.5 - distance) * slope, (0.5 - distance) * slope)
+
+
+Bits = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (y, scale) → bits, all of one shape
+BITS: dict[str, Bits] = {"gaussian": gaussian_bits, "logistic": logistic_bits}  # by config.Model.density
+
+
 def round_latents(y: tf.Tensor, scale: tf.Tensor, bits: Bits) -> tf.Tensor:
     """y rounded as the encoder does: to the nearest integer, or the next one towards 0 if that saves more bits than its
     larger error costs. In `codec.tables`, the bits are those of the tables.
@@ -128,10 +132,6 @@ def round_latents(y: tf.Tensor, scale: tf.Tensor, bits: Bits) -> tf.Tensor:
     saved = bits(nearest, scale) - bits(smaller, scale)
     error = tf.math.squared_difference(y, smaller) - tf.math.squared_difference(y, nearest)
     return tf.where(saved > BITS_PER_SQUARE * error, smaller, nearest)
-
-
-Bits = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (y, scale) → bits, all of one shape
-BITS: dict[str, Bits] = {"gaussian": gaussian_bits, "logistic": logistic_bits}  # by config.Model.density
 
 
 def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:
