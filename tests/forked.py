@@ -45,11 +45,12 @@ def command(
     for stream, name in ((1, out), (2, error)):
         os.dup2(os.open(name, os.O_WRONLY), stream)
     os.chdir(folder)
+    from hyperprior import cli, stack
+
+    stack.is_onednn_on()  # the first call reads the server's setting
     os.environ.clear()
     # Without this the command would restart itself to set the allocator.
     os.environ.update(environment, MALLOC_TOP_PAD_=str(2**28))
     sys.argv = ["hyperprior", *arguments]
-    from hyperprior import cli
-
     faulty.apply(faults)
     cli.main()
