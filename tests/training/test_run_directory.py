@@ -339,4 +339,4 @@ def test_damaged_lines_of_the_log_are_left_out_and_the_rest_stays(tmp_path: Path
 @pytest.mark.slow
 def test_many_histories_lose_nothing(tmp_path: Path) -> None:
     count = int(os.environ.get("HYPERPRIOR_HISTORIES", "60"))
-    assert explore(tmp_path, count, 8)["examples"] == count
+    assert explore(tmp_path, count, 8)["examples"] >= count
