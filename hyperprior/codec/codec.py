@@ -20,7 +20,7 @@ from hyperprior import config, stack, storage
 from hyperprior.codec import box, container, exact, range_coder
 from hyperprior.codec.numpy_engine import NumPyEngine
 from hyperprior.codec.symbols import Decoder, Encoder
-from hyperprior.codec.tables import INT16, LARGEST, Tables
+from hyperprior.codec.tables import INT16, Tables, apply_dead_zone
 from hyperprior.codec.tiles import (
     G_A_MARGIN,
     G_S_MARGIN,
@@ -233,9 +233,7 @@ class Codec:
             z[:, rows.target()] = strip[:, rows.inside()]
         if dead_zone:
             for rows in strips(z.shape, H_S_MARGIN):
-                strip = y[:, rows.target(Z_ELEMENTS)]
-                nearest = np.minimum(np.rint(np.abs(strip)), LARGEST).astype(np.intp)
-                strip -= np.copysign(self.dead_zone[self.indexes(z, rows), nearest], strip)
+                apply_dead_zone(y[:, rows.target(Z_ELEMENTS)], self.indexes(z, rows), self.dead_zone)
         np.rint(y, out=y)
         return np.clip(y, INT16.min, INT16.max, out=y), z
 

@@ -48,3 +48,9 @@ class Tables(NamedTuple):
             bits = -np.log2(np.diff(cumulative)[symbols])
             shifts[table, 1:] = np.maximum(np.diff(bits), 0.0) / (2.0 * BITS_PER_SQUARE)
         return shifts
+
+
+def apply_dead_zone(y: np.ndarray, index: np.ndarray, dead_zone: np.ndarray) -> None:
+    """Changes y so that its nearest integers are those that the encoder chooses. `index`: its tables, see `exact`."""
+    nearest = np.minimum(np.rint(np.abs(y)), LARGEST).astype(np.intp)
+    y -= np.copysign(dead_zone[index, nearest], y)

@@ -45,6 +45,7 @@ def test_bits_of_y_and_their_gradient_equal_tfcs(density: str) -> None:
             distribution = tfc.NoisyLogistic(loc=0.0, scale=scale * math.sqrt(3) / math.pi)
         each = distribution.log_prob(y) / -math.log(2)
     np.testing.assert_allclose(ours, np.minimum(each, priors.MAX_BITS), rtol=3e-5, atol=1e-8)
+    np.testing.assert_allclose(np.sum(ours), np.minimum(each, priors.MAX_BITS).sum(), rtol=1e-5)
     for variable in (y, scale):
         mine, other = (tape.gradient(bits, variable).numpy() for bits in (ours, each))
         near = each.numpy() < 90  # beyond this, the mass underflows
