@@ -5,6 +5,7 @@ The import starts no part of TensorFlow, so the forked process is like a fresh p
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import subprocess
@@ -47,7 +48,8 @@ def command(
     os.chdir(folder)
     from hyperprior import cli, stack
 
-    stack.is_onednn_on()  # the first call reads the server's setting
+    if importlib.util.find_spec("tensorflow"):
+        stack.is_onednn_on()  # the first call reads the server's setting
     os.environ.clear()
     # Without this the command would restart itself to set the allocator.
     os.environ.update(environment, MALLOC_TOP_PAD_=str(2**28))
