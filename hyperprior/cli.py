@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -491,6 +490,7 @@ def config_command(
 def end_on_signal(number: int, frame: Any) -> None:
     from hyperprior.terminal import exit_soon
 
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt what removes half-written files
     exit_soon(128 + number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -502,8 +502,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack characters of file names
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # TensorFlow's errors reach Python as exceptions. Its other messages at the start are noise.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"PIL\b")  # they name no image; `images.decode_photo` catches them
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # the default would leave half-written files

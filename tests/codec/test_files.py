@@ -113,14 +113,17 @@ def test_another_model_replaces_a_model_only_with_force(run: Path, tmp_path: Pat
     assert (tmp_path / "notes.npz").read_text() == "mine"
 
 
-def test_a_stopped_export_leaves_no_files(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT] * 3], ids=["SIGTERM", "Ctrl-C thrice"])
+def test_a_stopped_export_leaves_no_files(run: Path, tmp_path: Path, signals: list[signal.Signals]) -> None:
     command = [sys.executable, "-m", "hyperprior", "export", str(run), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while not list(tmp_path.iterdir()):
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-    assert process.returncode == 143 and not list(tmp_path.iterdir())
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.01)
+    assert process.returncode == 128 + number and not list(tmp_path.iterdir())
 
 
 def test_many_models_in_one_process_do_not_warn_of_retracing(model: Codec, caplog: pytest.LogCaptureFixture) -> None:
