@@ -50,8 +50,10 @@ def start_tensorflow(precision: str = "float32") -> None:
     sets_onednn = precision == "float32" and "tensorflow" not in sys.modules and ONEDNN not in os.environ
     if sets_onednn:
         os.environ[ONEDNN] = "1"
+    # TensorFlow's errors reach Python as exceptions. Its other messages at the start are noise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        import tensorflow as tf  # it reads the setting only on import
+        import tensorflow as tf  # it reads the settings only on import
 
         version = tf.__version__
     except Exception as error:  # a version for another NumPy or Python fails in many ways
