@@ -61,10 +61,10 @@ print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$co
             export TF_CONFIG="{\"cluster\": {\"worker\": [$ports]}, \"task\": {\"type\": \"worker\", \"index\": $i}}"
             if [ "$gpus" -gt 0 ]; then
                 export CUDA_VISIBLE_DEVICES="$i"
-                exec "$hyperprior" train "$@" 2> >(sed -u "s/^/[$i] /" >&2)
+            else
+                export TF_NUM_INTRAOP_THREADS="${TF_NUM_INTRAOP_THREADS:-$((threads > 0 ? threads : 1))}"
             fi
-            exec "$hyperprior" train "$@" "distribute.intra_op_threads=$((threads > 0 ? threads : 1))" \
-                2> >(sed -u "s/^/[$i] /" >&2)
+            exec "$hyperprior" train "$@" 2> >(sed -u "s/^/[$i] /" >&2)
         ) &
         pids+=($!)
     done

@@ -255,7 +255,11 @@ class Distribute(Section):
         ge=1,
     )
     intra_op_threads: Optional[int] = field(
-        None, "threads inside an operation (default: one per core)", may_change=True, ge=1, le=1024
+        None,
+        "threads inside an operation (default: TF_NUM_INTRAOP_THREADS, or all cores)",
+        may_change=True,
+        ge=1,
+        le=1024,
     )
     deterministic: bool = field(True, "on GPUs: deterministic kernels, so that a resume is exact", may_change=True)
     start_timeout: int = field(300, "seconds that workers wait for each other at the start", may_change=True, ge=1)

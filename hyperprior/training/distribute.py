@@ -168,11 +168,18 @@ class World:
         return {
             "tensorflow": tf.__version__,
             "onednn": str(int(stack.is_onednn_on())),
-            "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count(),
+            "intra_op_threads": count_threads(),
             "devices": f"{self.replicas} x {self.device_kind}",
             "hardware": self.hardware,
             "workers": self.workers,
         }
+
+
+def count_threads() -> Optional[int]:
+    """The number of threads inside an operation: from the config, or as TensorFlow chooses it."""
+    setting = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
+    number = tf.config.threading.get_intra_op_parallelism_threads() or (int(setting) if setting.isdecimal() else 0)
+    return number or os.cpu_count()
 
 
 def describe_hardware(gpus: list[Any]) -> str:
