@@ -334,27 +334,35 @@ def test_pack_continues_where_it_stopped_and_refuses_other_options(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
-@pytest.mark.parametrize("command", ["inspect", "pack", "train"])
 def test_one_signal_ends_a_command_that_waits_for_its_input(
-    tmp_path: Path, empty_config: Path, command: str, number: signal.Signals
+    tmp_path: Path, empty_config: Path, number: signal.Signals
 ) -> None:
     source = "pipe:touch begun; sleep 100"
-    arguments = {
+    commands = {
         "inspect": ["inspect", source, "--allow-pipe"],
         "pack": ["pack", source, "--allow-pipe", "--out", "shards"],
         "train": ["train", empty_config, f"data.train=['{source}']", "data.allow_pipe=true", "--run", "r"],
-    }[command]
-    with subprocess.Popen(
-        [sys.executable, "-m", "hyperprior", *map(str, arguments)],
-        cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
-    ) as process:
-        while not (tmp_path / "begun").exists():
+    }
+    processes = {}
+    for name, arguments in commands.items():
+        (tmp_path / name).mkdir()
+        processes[name] = subprocess.Popen(
+            [sys.executable, "-m", "hyperprior", *map(str, arguments)],
+            cwd=tmp_path / name,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+        )
+    for name, process in processes.items():
+        while not (tmp_path / name / "begun").exists():
             assert process.poll() is None
             time.sleep(0.05)
-        time.sleep(1)
+    time.sleep(1)
+    for process in processes.values():
         process.send_signal(number)
-        assert process.wait(timeout=30) == (75 if command == "train" else 128 + number)
+    assert {name: process.wait(timeout=30) for name, process in processes.items()} == {
+        "inspect": 128 + number,
+        "pack": 128 + number,
+        "train": 75,
+    }
 
 
 def test_only_regular_files_are_read(hyperprior: Command, tmp_path: Path, empty_config: Path) -> None:
