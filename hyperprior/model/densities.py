@@ -75,14 +75,16 @@ def cumulative(density: str, x: np.ndarray) -> np.ndarray:
     """The cumulative density of y with a standard deviation of 1; `density`: see config.Model."""
     from scipy import special
 
-    return special.ndtr(x) if density == "gaussian" else special.expit(LOGISTIC_SLOPE * x)
+    functions = {"gaussian": special.ndtr, "logistic": lambda x: special.expit(LOGISTIC_SLOPE * x)}
+    return functions[density](x)
 
 
 def quantile(density: str, mass: float) -> float:
     """The x whose `cumulative` is `mass`."""
     from scipy import special
 
-    return float(special.ndtri(mass) if density == "gaussian" else special.logit(mass) / LOGISTIC_SLOPE)
+    functions = {"gaussian": special.ndtri, "logistic": lambda mass: special.logit(mass) / LOGISTIC_SLOPE}
+    return float(functions[density](mass))
 
 
 def sum_bits(masses: np.ndarray) -> float:

@@ -114,9 +114,14 @@ def gaussian_bits(y: tf.Tensor, scale: tf.Tensor) -> Any:
 
 
 def logistic_bits(y: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    """`gaussian_bits` of a logistic density with the same standard deviation."""
+    """`gaussian_bits` of a logistic density with the same standard deviation.
+
+    With a = upper and b = lower, sigmoid(a) − sigmoid(b) = sigmoid(a) sigmoid(−b) (1 − exp(b − a)).
+    """
     distance, slope = tf.abs(y), LOGISTIC_SLOPE / scale
-    return sigmoid_bits((-0.5 - distance) * slope, (0.5 - distance) * slope)
+    upper, lower = (0.5 - distance) * slope, (-0.5 - distance) * slope
+    log_mass = tf.math.log_sigmoid(upper) + tf.math.log_sigmoid(-lower) + tf.math.log(-tf.math.expm1(-slope))
+    return limit_bits(log_mass * (-1.0 / math.log(2.0)))
 
 
 Bits = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (y, scale) → bits, all of one shape
@@ -125,7 +130,7 @@ BITS: dict[str, Bits] = {"gaussian": gaussian_bits, "logistic": logistic_bits}  
 
 def round_latents(y: tf.Tensor, scale: tf.Tensor, bits: Bits) -> tf.Tensor:
     """y rounded as the encoder does: to the nearest integer, or the next one towards 0 if that saves more bits than its
-    larger error costs. In `codec.tables`, the bits are those of the tables.
+    larger error costs. `codec.tables` does the same with the bits of the tables.
     """
     nearest = tf.round(y)
     smaller = nearest - tf.sign(nearest)

@@ -264,6 +264,16 @@ def test_bits_of_y_are_those_of_the_mass_in_each_bin(density: str) -> None:
     np.testing.assert_allclose(bits, [expected], rtol=1e-4)
 
 
+@pytest.mark.parametrize(("density", "slope"), [("gaussian", 1e7 / 256**2), ("logistic", math.pi / 3**0.5 / 256)])
+def test_a_value_far_outside_has_the_gradient_of_the_tail(density: str, slope: float) -> None:
+    y = tf.constant([1e7])
+    with tf.GradientTape() as tape:
+        tape.watch(y)
+        bits = priors.BITS[density](y, tf.constant([256.0]))
+    assert bits == [priors.MAX_BITS]
+    np.testing.assert_allclose(tape.gradient(bits, y), [slope / math.log(2)], rtol=1e-5)
+
+
 @pytest.mark.parametrize("density", ["gaussian", "logistic"])
 def test_training_with_rounded_latents_has_the_pixels_and_bits_of_the_codec(density: str) -> None:
     m, x = ScaleHyperprior(SETTINGS.model_copy(update={"density": density})), images(2, 1, 64, 64)
