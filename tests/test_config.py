@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hyperprior import load
 from hyperprior.config import Config, differences, json_schema, load_config, render
+from hyperprior.config.writing import to_model_tree
 from hyperprior.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -223,6 +225,16 @@ def test_differences_say_which_keys_may_change() -> None:
         ("loss.lambda", False),
         ("seed", False),
     }
+
+
+def test_photos_trains_the_model_that_it_starts_from() -> None:
+    assert load_config(Path("photos"), []).model == load("q3").config.model
+
+
+@pytest.mark.parametrize("density", ["gaussian", "logistic"])
+def test_a_version_that_knows_no_density_can_read_a_model_without_one(density: str) -> None:
+    stored = to_model_tree(load_config(None, [f"model.density={density}"]))["model"].get("density")
+    assert stored == (None if density == "gaussian" else density)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

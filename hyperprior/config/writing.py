@@ -73,12 +73,14 @@ def without_secrets(config: Config) -> Config:
 def to_model_tree(config: Config) -> dict[str, Any]:
     """The config that goes with a model to others, without sources, as plain values.
 
-    Only `model` and `loss` are complete. Other keys have their defaults where they are missing, so a version that does
-    not know a later key can read the model.
+    Only `model` and `loss` are complete, without `density`, which 0.1.0 does not know. Other keys have their defaults
+    where they are missing, so a version that does not know a later key can read the model.
     """
     changed = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     whole = config.to_dict()
     data = {name: value for name, value in changed.pop("data", {}).items() if name not in SOURCES}
+    if "density" not in changed.get("model", {}):
+        del whole["model"]["density"]
     return {**changed, "data": data, "model": whole["model"], "loss": whole["loss"]}
 
 
