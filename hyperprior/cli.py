@@ -488,9 +488,11 @@ def config_command(
 
 
 def end_on_signal(number: int, frame: Any) -> None:
+    for other in (signal.SIGTERM, signal.SIGINT):  # a second one would interrupt what removes half-written files
+        if signal.getsignal(other) is end_on_signal:
+            signal.signal(other, signal.SIG_IGN)
     from hyperprior.terminal import exit_soon
 
-    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt what removes half-written files
     exit_soon(128 + number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -47,15 +47,17 @@ def start_tensorflow(precision: str = "float32") -> None:
     """
     global is_forked
     is_forked = False
-    sets_onednn = precision == "float32" and "tensorflow" not in sys.modules and ONEDNN not in os.environ
-    if sets_onednn:
-        os.environ[ONEDNN] = "1"
     # TensorFlow's errors reach Python as exceptions. Its other messages at the start are noise.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    wanted = {"TF_CPP_MIN_LOG_LEVEL": "3", **({ONEDNN: "1"} if precision == "float32" else {})}
+    added = set() if "tensorflow" in sys.modules else wanted.keys() - os.environ.keys()
+    os.environ.update({name: wanted[name] for name in added})
     try:
         import tensorflow as tf  # it reads the settings only on import
 
         version = tf.__version__
+        if ONEDNN in added:
+            with contextlib.suppress(Exception):  # of a TensorFlow that does not work
+                is_onednn_on()  # its library reads the setting at the first call
     except Exception as error:  # a version for another NumPy or Python fails in many ways
         if not is_installed():
             raise ConfigError(
@@ -64,10 +66,8 @@ def start_tensorflow(precision: str = "float32") -> None:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"TensorFlow cannot be imported ({reason}); {describe_working_versions()}") from error
     finally:
-        if sets_onednn:
-            with contextlib.suppress(Exception):  # of a TensorFlow that does not work
-                is_onednn_on()  # its library reads the setting at the first call
-            del os.environ[ONEDNN]  # child processes must not inherit it
+        for name in added:  # child processes must not inherit them
+            del os.environ[name]
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if not numbers or tuple(map(int, numbers.groups())) < OLDEST:
         raise ConfigError(f"TensorFlow is {version}; {describe_working_versions()}")

@@ -73,6 +73,7 @@ def test_it_is_known_whether_onednn_is_on(
 ) -> None:
     monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
     code = "from hyperprior import stack; stack.start_tensorflow(); print(stack.is_onednn_on())"
+    code += f"; import os; assert {setting!r} == os.environ.get('TF_ENABLE_ONEDNN_OPTS')"
     assert run_code(code, **({"TF_ENABLE_ONEDNN_OPTS": setting} if setting else {})) == expected
 
 
