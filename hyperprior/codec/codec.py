@@ -231,6 +231,8 @@ class Codec:
         for rows in strips(z.shape, H_A_MARGIN):
             strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)])
             z[:, rows.target()] = strip[:, rows.inside()]
+        if not np.isfinite(y).all():
+            raise DataError("the model's transforms give values that are not finite for this image")
         if dead_zone:
             for rows in strips(z.shape, H_S_MARGIN):
                 apply_dead_zone(y[:, rows.target(Z_ELEMENTS)], self.indexes(z, rows), self.dead_zone)

@@ -49,10 +49,10 @@ def search(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """(ŷ, integers of ẑ) after `rounds` rounds: float32, as `y` [1, h, w, M] and `z` [1, h/4, w/4, C].
 
-    They depend only on the arguments. `scales`: z → σ, [1, h, w, M]; `bits_of_y`: (y, σ), and `bits_of_z`: z, →
-    the bits of each element; `x`: [1, 16h, 16w, 3] in [0, 1]; `real`: [1, 16h, 16w, 1], 0 for pixels of padding, whose
-    errors do not count; `inside`: [1, h/4, w/4, 1], 0 for blocks that must not change; `weight`: the cost in bits of a
-    squared error of 1 in one value of x̂, or 0 if ŷ must not change.
+    They depend only on the arguments. `scales`: z → σ, [1, h, w, M]; `bits_of_y`: (y, σ) → the bits
+    of each element; `bits_of_z`: z → the same; `x`: [1, 16h, 16w, 3] in [0, 1]; `real`: [1, 16h, 16w, 1], 0 for pixels
+    of padding, whose errors do not count; `inside`: [1, h/4, w/4, 1], 0 for blocks that must not change; `weight`: the
+    cost in bits of a squared error of 1 in one value of x̂, or 0 if ŷ must not change.
     """
     inside_y = tf.repeat(tf.repeat(inside, Z_ELEMENTS, axis=1), Z_ELEMENTS, axis=2)
 

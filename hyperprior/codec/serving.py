@@ -54,7 +54,7 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
     y = engine.analyse_in_graph(pad(image[None]))
     z = engine.hyper_analyse_in_graph(y)
     index = indexes(codec, z)
-    nearest = tf.minimum(tf.cast(tf.round(tf.abs(y)), tf.int32), LARGEST)
+    nearest = tf.cast(tf.minimum(tf.round(tf.abs(y)), float(LARGEST)), tf.int32)
     y = round_to_int16(y - tf.sign(y) * tf.gather_nd(codec.dead_zone, tf.stack([index, nearest], -1)))
     handle = operations.create_range_encoder([1], codec.tables.lookup)
     handle, z_outside = encode(operations, handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))

@@ -13,7 +13,8 @@ import numpy as np
 from hyperprior.codec.range_coder import Counts
 from hyperprior.model.densities import BITS_PER_SQUARE
 
-LARGEST = 15  # an integer beyond it has the same dead zone: it is rare, or its table so wide that there is almost none
+# Larger integers have the dead zone of this one. In narrow tables they are rare; in wide ones there is almost none.
+LARGEST = 15
 INT16 = np.iinfo(np.int16)  # the type of an escape
 
 
@@ -37,7 +38,7 @@ class Tables(NamedTuple):
             raise ValueError("first values or escapes do not fit the tables")
 
     def dead_zone(self, counts: Counts, num_scales: int) -> np.ndarray:
-        """How much later than at k − ½ the encoder rounds |y| to k instead of k − 1: [num_scales, LARGEST + 1] float32.
+        """The encoder rounds |y| up to k from k − ½ plus this on: [num_scales, LARGEST + 1] float32.
 
         An integer k costs more bits than k − 1, and is worth them if the error is smaller by as much. With a squared
         error worth w bits this is so for |y| > k − ½ + (bits(k) − bits(k − 1)) / 2w.

@@ -161,6 +161,13 @@ def test_arrays_that_are_not_images_are_refused(codec: Codec) -> None:
         codec.compress(np.zeros((1, 0, 3), np.uint8))
 
 
+def test_an_image_that_overflows_the_model_is_an_error(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    analyse = codec.engine.analyse
+    monkeypatch.setattr(codec.engine, "analyse", lambda images: np.where(analyse(images) > 0, np.inf, 0.0))
+    with pytest.raises(DataError, match="not finite"):
+        codec.compress(picture(0, 64, 64))
+
+
 # Exactness ------------------------------------------------------------------------------------------------
 
 
