@@ -56,9 +56,9 @@ for point in "5 wide-5 96 1200 2e-4" "4 wide-4 96 600 1e-4" "3 wide-3 96 1200 2e
     read -r quality before filters steps rate <<< "$point"
     train "low-$quality" "runs/box/$before" "${lambdas[quality]}" 600 1e-4 "model.num_filters=$filters" \
         train.validate_every=600
-    train "last-$quality" "runs/box/low-$quality" "${lambdas[quality]}" "$steps" "$rate" "model.num_filters=$filters" \
+    train "logistic-$quality" "runs/box/low-$quality" "${lambdas[quality]}" "$steps" "$rate" "model.num_filters=$filters" \
         model.density=logistic train.validate_every=300
-    put_in_the_box "last-$quality" "q$quality"
+    put_in_the_box "logistic-$quality" "q$quality"
 done
 models=(q{1..5} q{1..5}-ms-ssim)
 "$hyperprior" evaluate "${models[@]}" --images "$images" --out runs/box/results

@@ -4,7 +4,7 @@ Ballé, Minnen, Singh, Hwang, Johnston: "Variational image compression with a sc
 
         x ──g_a──► y ──────────quantise──► ŷ ──g_s──► x̂
                    │                       ▲
-                  |·|                      │ N(0, σ²) ∗ U(−½, ½)
+                  |·|                      │ density of scale σ ∗ U(−½, ½)
                    │                       │
                   h_a──► z ──quantise──► ẑ ──h_s──► log σ
                                          ▲

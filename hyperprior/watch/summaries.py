@@ -38,7 +38,7 @@ CHARTS = {
 }
 # Config keys in which the runs of a sweep or of a search for a recipe differ.
 HPARAMS = (
-    *("loss.lambda", "loss.metric", "model.num_filters", "model.latent_channels", "seed"),
+    *("loss.lambda", "loss.metric", "model.num_filters", "model.latent_channels", "model.density", "seed"),
     *("train.batch_size", "train.learning_rate", "train.schedule", "train.initial", "train.proxy", "train.ema"),
 )
 

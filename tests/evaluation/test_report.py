@@ -20,7 +20,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>.png"
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    """A report with two pictures, three curves, and a file name that attacks the page."""
+    """A report with two pictures, four curves, and a file name that attacks the page."""
     names = [HOSTILE, "b.png"]
     points: list[dict[str, Any]] = [
         {
@@ -32,7 +32,12 @@ def page(tmp_path: Path) -> Path:
             "ms_ssim_bpp": 0.2 * i,
             "ms_ssim_db": 10.0 + i,
         }
-        for kind, curve, level in (("model", "ours", 30.0), ("baseline", "JPEG", 28.0), ("published", "paper", 31.0))
+        for kind, curve, level in (
+            ("model", "ours", 30.0),
+            ("baseline", "JPEG", 28.0),
+            ("published", "theirs", 31.0),
+            ("published", "MSE (paper)", 32.0),
+        )
         for i in range(1, 5)
     ]
     delta = {"rate_percent": -12.5, "quality_db": 0.5}
@@ -67,7 +72,7 @@ def test_a_report_needs_no_network_and_file_names_cannot_break_it(page: Path) ->
     assert text.count("</script>") == 2 and "onerror=alert" in text
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])  # type: ignore[index]
     assert [picture["name"] for picture in data["pictures"]] == [HOSTILE, "b.png"]
-    assert len(data["points"]) == 12 and data["rows"][1]["bytes"] == 1200
+    assert len(data["points"]) == 16 and data["rows"][1]["bytes"] == 1200
 
 
 @pytest.mark.slow
@@ -108,8 +113,8 @@ def test_in_a_browser_slider_and_tables_work_without_errors(page: Path, width: i
         tab.locator("svg circle[tabindex]").first.focus()
         assert tab.locator("#tip").is_visible() and "0.200 bpp, 32.00 dB" in tab.locator("#tip").inner_text()
         dots = tab.locator("svg circle").count()
-        tab.get_by_role("button", name="paper (published)").click()  # at the start only the paper's own are shown
-        assert tab.locator("svg circle").count() == 1.5 * dots
+        tab.get_by_role("button", name="theirs (published)").click()  # at the start only the paper's own are shown
+        assert 3 * tab.locator("svg circle").count() == 4 * dots
         tab.get_by_role("button", name="JPEG", exact=True).first.click()
         assert tab.locator("svg circle").count() == dots
     assert not errors
