@@ -227,12 +227,12 @@ class Codec:
         for rows, columns in tiles(y.shape, TILE, G_A_MARGIN):
             tile = self.engine.analyse(np.stack([cut_pixels(image, rows, columns) for image in images]))
             y[:, rows.target(), columns.target()] = tile[:, rows.inside(), columns.inside()]
+        if not np.isfinite(y).all():
+            raise DataError("the model's transforms give values that are not finite for this image")
         z = np.empty((len(images), rows_of_z, columns_of_z, model.hyper_channels), np.int32)
         for rows in strips(z.shape, H_A_MARGIN):
             strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)])
             z[:, rows.target()] = strip[:, rows.inside()]
-        if not np.isfinite(y).all():
-            raise DataError("the model's transforms give values that are not finite for this image")
         if dead_zone:
             for rows in strips(z.shape, H_S_MARGIN):
                 apply_dead_zone(y[:, rows.target(Z_ELEMENTS)], self.indexes(z, rows), self.dead_zone)
