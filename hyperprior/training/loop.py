@@ -357,8 +357,8 @@ class Trainer:
         lines = [
             f"run      {self.run}, " + (f"resumed at step {state.step}{best}" if state.step else "new"),
             f"data     train {count}{len(splits.train.shards)} shards; val {splits.val.images} images; test {test}",
-            f"model    N={s.model.num_filters}, M={s.model.latent_channels}, {parameters:,} parameters, "
-            f"{s.train.precision}",
+            f"model    N={s.model.num_filters}, M={s.model.latent_channels}, {s.model.density} y, "
+            f"{parameters:,} parameters, {s.train.precision}",
             f"devices  {world.environment()['devices']}, {world.replica_batch} patches of "
             f"{s.data.patch_size}x{s.data.patch_size} each, global batch {world.batch_size}",
             f"length   {self.timetable.total} steps{epochs}",
