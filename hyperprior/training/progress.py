@@ -34,7 +34,8 @@ class Progress:
     def __init__(self, world: World, settings: Config, run: Path, state: State, pictures: Pictures, terminal: Terminal):
         self.world, self.settings, self.run, self.state, self.terminal = world, settings, run, state, terminal
         self.pictures = pictures
-        self.report = Summaries(run, state.step, terminal.warn, world.is_chief)
+        is_validated = state.step == state.validated_step > 0
+        self.report = Summaries(run, state.step, terminal.warn, world.is_chief, is_validated)
         self.is_tracing = False
         self.restart_clock(time.perf_counter())
 

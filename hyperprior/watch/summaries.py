@@ -49,25 +49,30 @@ class Summaries:
     No failure ends the training, or other kinds of summaries: each kind has one warning at its first failure.
     """
 
-    def __init__(self, run: Path, step: int, warn: Callable[[str], None], is_chief: bool = True):
+    def __init__(
+        self, run: Path, step: int, warn: Callable[[str], None], is_chief: bool = True, is_validated: bool = True
+    ):
         self.run, self.warn, self.is_chief = run, warn, is_chief
         self.writers: dict[str, EventFileWriter] = {}
         self.failed: set[str] = set()  # the kinds that had a warning
         self.skipped: set[str] = set()  # samples that were reported
         self.metrics = run / "metrics.jsonl"
-        self.guard("metrics.jsonl", self._rewind, step)
+        self.guard("metrics.jsonl", self._rewind, step, is_validated)
         for split in ("train", "val", ""):
             self.guard("scalars", self._open, split, step)
 
-    def _rewind(self, step: int) -> None:
-        """Removes from metrics.jsonl all that an interrupted run wrote after the checkpoint from which it resumes."""
+    def _rewind(self, step: int, is_validated: bool) -> None:
+        """Removes from metrics.jsonl all that an interrupted run wrote after the checkpoint from which it resumes.
+
+        `is_validated`: whether the checkpoint knows of a validation at its step. Otherwise that comes again.
+        """
         if self.metrics.exists():
             lines, kept, damaged = self.metrics.read_bytes().splitlines(), [], 0
             for number, line in enumerate(lines, 1):
                 row = read_row(line)
                 if row is None:
                     damaged += number < len(lines)  # a kill may cut off the last one
-                elif row["step"] <= step:
+                elif row["step"] < step or (row["step"] == step and (is_validated or row["kind"] != "val")):
                     kept.append(line + b"\n")
                     if row["kind"] == "skipped":
                         self.skipped.add(row["sample"])

@@ -66,6 +66,16 @@ def test_each_file_of_the_summaries_fails_alone(tmp_path: Path, broken: str) -> 
         assert [event.step for event in read_events(tmp_path).Tensors("1_learning/loss")] == [1, 2]
 
 
+@pytest.mark.parametrize(("is_validated", "kept"), [(True, [0, 1, 2]), (False, [0, 1])])
+def test_a_validation_that_the_checkpoint_does_not_know_is_removed(
+    tmp_path: Path, is_validated: bool, kept: list[int]
+) -> None:
+    rows = ['{"kind": "val", "step": 1}', '{"kind": "train", "step": 2}', '{"kind": "val", "step": 2}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    Summaries(tmp_path, 2, pytest.fail, is_validated=is_validated).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [rows[i] for i in kept]
+
+
 def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     rows = ['{"kind": "train", "step": 1}', '{"kind": "tra', '{"kind": "train", "step": 2}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
