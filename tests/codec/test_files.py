@@ -118,7 +118,11 @@ def test_another_model_replaces_a_model_only_with_force(run: Path, tmp_path: Pat
 )
 def test_a_stopped_export_leaves_no_files(run: Path, tmp_path: Path, signals: list[signal.Signals]) -> None:
     command = [sys.executable, "-m", "hyperprior", "export", str(run), "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    ) as process:
         while not list(tmp_path.iterdir()):
             assert process.poll() is None
             time.sleep(0.01)

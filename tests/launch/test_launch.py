@@ -24,7 +24,7 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     """An environment whose `hyperprior` ends with $CODE, or with 75 at SIGTERM."""
     command = tmp_path / "hyperprior"
     command.write_text(
-        '#!/bin/sh\necho "$@" threads=$TF_NUM_INTRAOP_THREADS >> "$0.log"\ntrap "exit 75" TERM\n'
+        '#!/bin/sh\necho "$@" >> "$0.log"\necho $TF_NUM_INTRAOP_THREADS >> "$0.threads"\ntrap "exit 75" TERM\n'
         'if [ "$CODE" = wait ]; then sleep 30 & wait; fi\nexit "$CODE"\n'
     )
     command.chmod(0o755)
@@ -62,7 +62,9 @@ def test_workers_sh_prints_its_usage_and_passes_exit_codes_on(stand_in: dict[str
         assert result.returncode == expected
         # A worker that is told to end before it has begun leaves no line.
         assert starts // 2 <= len(log.read_text().splitlines()) <= starts
-        assert log.read_text().startswith(f"train c.yaml --run r threads={max((os.cpu_count() or 1) // 2, 1)}\n")
+        assert set(log.read_text().splitlines()) == {"train c.yaml --run r"}
+        threads = Path(stand_in["HYPERPRIOR"] + ".threads").read_text()
+        assert {int(count) for count in threads.split()} == {max(len(os.sched_getaffinity(0)) // 2, 1)}
     running = subprocess.Popen([script, "2", "c.yaml"], env={**stand_in, "CODE": "wait"})
     time.sleep(2)
     running.send_signal(signal.SIGTERM)
