@@ -71,9 +71,11 @@ def test_private_modules_are_imported_in_one_place_and_this_tensorflow_has_them(
 def test_it_is_known_whether_onednn_is_on(
     monkeypatch: pytest.MonkeyPatch, setting: Optional[str], expected: str
 ) -> None:
-    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    for name in ("TF_ENABLE_ONEDNN_OPTS", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
     code = "from hyperprior import stack; stack.start_tensorflow(); print(stack.is_onednn_on())"
     code += f"; import os; assert {setting!r} == os.environ.get('TF_ENABLE_ONEDNN_OPTS')"
+    code += "; assert 'TF_CPP_MIN_LOG_LEVEL' not in os.environ"  # child processes inherit neither
     assert run_code(code, **({"TF_ENABLE_ONEDNN_OPTS": setting} if setting else {})) == expected
 
 

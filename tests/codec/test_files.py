@@ -113,7 +113,10 @@ def test_another_model_replaces_a_model_only_with_force(run: Path, tmp_path: Pat
     assert (tmp_path / "notes.npz").read_text() == "mine"
 
 
-def test_a_stopped_export_leaves_no_files(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]], ids=["one", "three"]
+)
+def test_a_stopped_export_leaves_no_files(run: Path, tmp_path: Path, signals: list[signal.Signals]) -> None:
     """Further signals, of users and of programs that end their children, do not interrupt the removal."""
     command = [sys.executable, "-m", "hyperprior", "export", str(run), "--out", str(tmp_path / "out")]
     with subprocess.Popen(
@@ -124,10 +127,10 @@ def test_a_stopped_export_leaves_no_files(run: Path, tmp_path: Path) -> None:
         while not list(tmp_path.iterdir()):
             assert process.poll() is None
             time.sleep(0.01)
-        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             process.send_signal(number)
             time.sleep(0.01)
-    assert process.returncode == 128 + signal.SIGINT and not list(tmp_path.iterdir())
+    assert process.returncode == 128 + signals[0] and not list(tmp_path.iterdir())
 
 
 def test_many_models_in_one_process_do_not_warn_of_retracing(model: Codec, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,7 +225,10 @@ export.export(run, out, Terminal(quiet=True), force=True)
 
 @pytest.mark.parametrize(
     "number, point",
-    [*((signal.SIGKILL, point) for point in ("before exchange", "after exchange")), (signal.SIGTERM, "after rename")],
+    [
+        *((signal.SIGKILL, point) for point in ("before exchange", "after exchange", "before rmtree")),
+        (signal.SIGTERM, "after rename"),
+    ],
     ids=str,
 )
 def test_a_model_is_under_its_name_at_every_moment_of_an_export(
