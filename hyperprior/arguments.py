@@ -34,7 +34,7 @@ def take_local_paths(command: Any) -> Any:
         for text in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(text, str) and re.match("[A-Za-z][A-Za-z0-9+.-]*://", text):
                 raise ConfigError(
-                    f"`{parameter.name}` is {text.partition('?')[0]}; it must be a local path: copy from or to other "
+                    f"`{parameter.name}` is {text}; it must be a local path: copy from or to other "
                     f"places yourself, or mount them"
                 )
         return type(parameter).process_value(parameter, context, value)

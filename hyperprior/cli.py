@@ -413,7 +413,9 @@ def bench(
         Optional[list[str]],
         typer.Argument(metavar="[step|input|train|start|codec|all] [SECTION.KEY=VALUE]", help="Default: all parts."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Also write the figures to this file, as JSON.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(dir_okay=False, help="Also write the figures to this file, as JSON.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement.")] = 5,
     as_json: Json = False,
 ) -> None:

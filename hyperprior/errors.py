@@ -8,17 +8,44 @@ HyperpriorError
 ├── DivergedError  4   a loss or gradient is not finite
 └── Stopped       75   the run stopped and can resume (EX_TEMPFAIL): start the same command again
     ├── LostWorker     another worker is gone, and the run cannot continue without it
-    └── StorageError   a file cannot be written; the last complete checkpoint is intact
+    └── StorageError   a file cannot be written, or not be read now; the last complete checkpoint is intact
 """
+
+from __future__ import annotations
+
+import re
+
+# The user and password of a URL, its query and its fragment, without the punctuation after the URL.
+URL = re.compile(
+    r"""([a-z][a-z0-9+.-]*://)(?:[^/\s?#]*@)?([^\s'"?#]*)(?:[?#][^\s'"]*?(?=[.,:;)\]]*(?:[\s'"]|$)))?""", re.IGNORECASE
+)
+# What a command after `pipe:` gets as a header, a user, or a value whose name says that it is secret.
+ARGUMENT = r"""(\\?'[^']*'|\\?"[^"]*"|\S+)"""
+SECRET = re.compile(
+    r"((?:^|\s)(?:(?-i:-[sSfLkgivN]*[uUH])=?\s*(?=['\"]|\S*:)"  # such as -u X:X, -sfuX:X, -H 'X: X'
+    r"|--\S*(?:user|header|bearer|cookie|password|token|secret|key)(?:=|\s+))"
+    rf"|\b\w*(?:password|token|secret|key)\w*=){ARGUMENT}",
+    re.IGNORECASE,
+)
+
+
+def hide_secrets(text: str) -> str:
+    """Text with URLs without user, password, query and fragment, and `pipe:` commands without headers and passwords."""
+    text = URL.sub(r"\1\2", text)
+    command = text.lower().find("pipe:")
+    return text if command < 0 else text[:command] + SECRET.sub(r"\1...", text[command:])
 
 
 class HyperpriorError(Exception):
-    """Base of every error for the user. Its text is one line that names the thing, the value and the remedy."""
+    """Base of every error for the user. Its text is one line that names the thing, the value and the remedy.
+
+    It shows no secrets of URLs and commands, and values from files in it lose their line breaks.
+    """
 
     exit_code = 1
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())  # values from files may hold line breaks
+        return hide_secrets(" ".join(super().__str__().splitlines()))
 
 
 class GateError(HyperpriorError):
@@ -58,7 +85,7 @@ class LostWorker(Stopped):
 
 
 class StorageError(Stopped):
-    """A file could not be written. Files that were complete before are intact."""
+    """A file could not be written, or not be read now. Files that were complete before are intact."""
 
 
 def find_error_type(name: str) -> type[HyperpriorError]:

@@ -10,14 +10,15 @@ import atexit
 import contextlib
 import functools
 import io
+import os
 import re
 import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,8 @@ LARGEST_TILE = 2**22  # pixels of a tile of a TIFF, whatever the size of the ima
 EXIF_ORIENTATION, BITS_PER_SAMPLE, TILE_WIDTH, TILE_LENGTH = 0x0112, 258, 322, 323
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+JPEG_SCAN, JPEG_METADATA = 0xDA, (*range(0xE0, 0xF0), 0xFE)  # markers; the last is a comment
+JPEG_KEPT = ((b"JFIF\0", 16), (b"Adobe", 14), (b"Exif\0\0", 8))  # with their least sizes
 PPM_WITH_MAXIMUM = (b"P2", b"P3", b"P5", b"P6")
 
 
@@ -56,8 +59,31 @@ def is_training_image(name: str) -> bool:
 
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """The files below a folder that have one of the suffixes, sorted, without the "._name" files of macOS."""
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    paths = (path for path in walk_files(folder) if path.suffix.lower() in suffixes)
     return sorted(path for path in paths if not path.name.startswith("._"))
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """The regular files below a folder, and links that lead nowhere. Raises OSError if a folder cannot be read."""
+
+    def raise_unreadable(error: OSError) -> NoReturn:
+        raise error
+
+    for inner, files in walk(folder, raise_unreadable):
+        yield from (path for path in (Path(inner, file) for file in files) if path.is_file() or not path.exists())
+
+
+def walk(path: Path, on_error: Optional[Callable[[OSError], object]] = None) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of a directory and all folders below it, also behind links, each once."""
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(path, onerror=on_error, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder that was visited
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        yield folder, files
 
 
 def is_below(path: Path, folder: Optional[Path]) -> bool:
@@ -66,7 +92,7 @@ def is_below(path: Path, folder: Optional[Path]) -> bool:
 
 def describe_other_files(folder: Path, known: Sequence[str], leave_out: Optional[Path] = None) -> str:
     """A sentence on the files below a folder without one of the `known` suffixes, or "". Hidden files do not count."""
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = (path for path in walk_files(folder) if not path.name.startswith("."))
     unknown = (path for path in files if not path.name.lower().endswith(tuple(known)))
     others = Counter(path.suffix.lower() for path in unknown if not is_below(path, leave_out))
     return f"{folder} also holds files without an image suffix: {describe_suffixes(others)}" if others else ""
@@ -128,7 +154,12 @@ def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINING_FORMAT
     try:
         with warnings.catch_warnings():  # the size is checked below
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(without_png_metadata(data)), formats=formats)
+            try:
+                image = Image.open(io.BytesIO(without_png_metadata(data)), formats=formats)
+            except Exception:
+                if not is_jpeg(data):
+                    raise
+                image = Image.open(io.BytesIO(without_jpeg_metadata(data)), formats=formats)
     except Exception as error:  # Pillow raises many types for broken headers
         names = "an image that Pillow opens" if formats is None else "a PNG, BMP, TIFF or JPEG"
         raise Unusable(f"not {names}" if isinstance(error, OSError) else str(error)) from error
@@ -169,6 +200,24 @@ def without_png_metadata(data: bytes) -> bytes:
         if kind == b"IEND":
             break
     return b"".join(kept)
+
+
+def without_jpeg_metadata(data: bytes) -> bytes:
+    """A JPEG with only those application segments that change its pixels or orientation, and are long enough.
+
+    Libjpeg ignores a segment that is too short, but Pillow refuses the image.
+    """
+    kept, position = [data[:2]], 2
+    while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
+        marker, size = struct.unpack_from(">xBH", data, position)
+        segment = data[position : position + 2 + size]
+        if marker == JPEG_SCAN:
+            break
+        is_needed = any(segment[4:].startswith(name) and size >= least for name, least in JPEG_KEPT)
+        if is_needed or marker not in JPEG_METADATA:
+            kept.append(segment)
+        position += 2 + size
+    return b"".join(kept) + data[position:]
 
 
 def find_bits_per_channel(data: bytes, image: Image.Image) -> int:

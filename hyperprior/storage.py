@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -37,6 +38,19 @@ CAN_ASK = hasattr(fcntl, "F_OFD_GETLK")
 WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 # With these errors the user must choose another place. Other errors, such as a full disk, may go away.
 WRONG_PLACE = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
+# With these errors a file may be intact.
+NOT_READ = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+NOT_SUPPORTED = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)  # of a folder, by some file systems
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # the name of a file until it is whole
 
 
 @dataclasses.dataclass
@@ -58,8 +72,12 @@ def write_whole(
 
     `check` reads the temporary file before it is renamed. It raises OSError or BadZipFile if the file is damaged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # a kill may leave this file; the next write replaces it
+    if path.is_symlink():
+        path = path.resolve()
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # another process may write this file
     try:
+        if path.exists() and not path.is_file():  # a device
+            raise FileExistsError(errno.EEXIST, "it is no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             write(file)
@@ -68,20 +86,39 @@ def write_whole(
         if check:
             check(temporary)
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename itself durable
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, zipfile.BadZipFile) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise_cannot_write(
             error,
             path,
             retry="files that were complete before are intact: free the disk and start the same command again",
             elsewhere="choose another place",
         )
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # after an error or a signal
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in a folder durable."""
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what writers left that were killed. The caller holds the lock of the folder or of one above it."""
+    for path in folder.glob(".*.tmp"):
+        if UNFINISHED.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -139,7 +176,8 @@ def load_arrays(path: Path, file_format: int | str, most_bytes: Optional[int] = 
     """(arrays, state) of a file that `save_arrays` wrote, with at most `most_bytes` in all.
 
     Without `most_bytes` they take no more than the file itself, as those of checkpoints, which are not compressed.
-    Raises ValueError with the reason if the file is damaged, ConfigError if the file has another format.
+    Raises ValueError with the reason if the file is damaged or missing, ConfigError if it has another format or must
+    not be read, and StorageError if it cannot be read now.
     """
     try:
         verify_zip(path, path.stat().st_size if most_bytes is None else most_bytes)
@@ -152,7 +190,7 @@ def load_arrays(path: Path, file_format: int | str, most_bytes: Optional[int] = 
         if list(arrays) != state.pop("arrays"):  # the directory of the zip has no checksum
             raise ValueError("entries are missing")
     except Exception as error:  # the readers raise many types for a damaged file
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise_cannot_read(error, path)
     check_format(path, state.get("format"), file_format)
     return arrays, state
 
@@ -174,7 +212,7 @@ def check_format(path: Path, found: Any, expected: int | str) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state of a file that `save_arrays` wrote. Its arrays are not read. Raises ValueError if it is damaged."""
+    """The state of a file that `save_arrays` wrote. Its arrays are not read. Raises the errors of `load_arrays`."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("state.npy") as entry:
             if (size := archive.getinfo("state.npy").file_size) > MOST_BYTES_OF_STATE:
@@ -183,8 +221,17 @@ def load_state(path: Path) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise ValueError("its state is no JSON object")
     except Exception as error:  # the readers raise many types for a damaged file
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise_cannot_read(error, path)
     return state
+
+
+def raise_cannot_read(error: Exception, path: Path) -> NoReturn:
+    """Raises ValueError if the file is damaged or missing, else ConfigError or StorageError."""
+    if isinstance(error, OSError) and error.errno in NOT_READ:
+        if error.errno in WRONG_PLACE:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise StorageError(f"{path} cannot be read: {error.strerror}; start the same command again") from error
+    raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def with_prefix(prefix: str, arrays: Arrays) -> Arrays:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import TINY, Command, encoded, photo, photos, tar_bytes
+from PIL import Image
 
 from hyperprior import cli, terminal
 from hyperprior.data.lanes import group_of
@@ -313,6 +314,35 @@ def test_packing_into_its_own_source_is_refused_before_anything_is_written(
     hyperprior("pack", "photos/inner", flat_tar, "--out", "photos/packed")
 
 
+def test_pack_refuses_a_source_that_gives_other_images_when_it_is_read_again(
+    hyperprior: Command, tmp_path: Path
+) -> None:
+    first = photos(3)
+    orders = {
+        "first": first,
+        "other-order": first[::-1],
+        "other-content": [(name, encoded(photo(9, 40, 50))) for name, _ in first],
+        "fewer": first[:2],
+        "more": [*first, ("q.png", encoded(photo(9), "PNG"))],
+    }
+    for name, members in orders.items():
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(members))
+    for name in orders:
+        command = f"pipe:if [ -e {name} ]; then cat {name}.tar; else touch {name}; cat first.tar; fi"
+        fits = name == "first"
+        done = hyperprior("pack", command, "--allow-pipe", "--out", f"out-{name}", check=0 if fits else 3)
+        assert fits or "gave other images when it was read again" in done.stderr
+        assert fits or name == "more" or not list((tmp_path / f"out-{name}").glob("*.tar"))
+
+
+def test_pack_names_an_image_that_the_format_cannot_hold(hyperprior: Command, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    Image.new("RGB", (70_000, 2)).save(tmp_path / "d" / "wide.png")
+    photo(1).save(tmp_path / "d" / "z.png")
+    done = hyperprior("pack", "d", "--out", "out", "--encode", "jpeg")
+    assert "left out d: wide: 70000x2 cannot be written: " in done.stderr and "1 images in 1 shards" in done.stdout
+
+
 def test_pack_continues_where_it_stopped_and_refuses_other_options(
     hyperprior: Command, tmp_path: Path, flat_tar: Path
 ) -> None:
@@ -321,7 +351,7 @@ def test_pack_continues_where_it_stopped_and_refuses_other_options(
     shards = sorted((tmp_path / "out").glob("*.tar"))
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in shards}
     shards[3].unlink()
-    (tmp_path / "out" / ".shards-000003.tar.tmp").write_bytes(b"half a shard")
+    (tmp_path / "out" / ".shards-000003.tar.123.tmp").write_bytes(b"half a shard")
     hyperprior(*arguments)
     after = {
         path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").glob("*.tar"))

@@ -11,7 +11,7 @@ import pytest
 from hyperprior import load
 from hyperprior.config import Config, differences, json_schema, load_config, render
 from hyperprior.config.writing import to_model_tree
-from hyperprior.errors import ConfigError
+from hyperprior.errors import ConfigError, hide_secrets
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -209,6 +209,32 @@ def test_a_rendered_config_reads_back_as_the_same_config(tmp_path: Path) -> None
     assert load_config(write(tmp_path, text), []) == c
     # every key has a comment
     assert all("#" in line for line in text.splitlines() if line.strip())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.train=[https://h/s-{000..127}.tar?sig=SECRET]",
+        'data.train=["https://u:SECRET@h/x?X=SECRET"',
+        "https://u:p@SECRET@h/x?X=SECRET",
+        "data.train=[\"pipe:curl --proxy-user b:SECRET --oauth2-bearer SECRET -uSECRET:SECRET -sSfH 'Key: SECRET' x\"",
+    ],
+)
+def test_an_error_shows_no_secrets_of_a_url(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [override])
+    assert "SECRET" not in str(error.value)
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, f"data:\n  train: {value or key}\n  bad"), [])
+    assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "command", ["find x -path '*.jpg' | tar -cf - -T -", "python -u make.py --out -", "tar -xOf a"]
+)
+def test_a_command_without_secrets_is_shown_whole(command: str) -> None:
+    assert hide_secrets(f"pipe:{command}") == f"pipe:{command}"
 
 
 def test_the_json_schema_has_every_key() -> None:

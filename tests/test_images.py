@@ -255,3 +255,17 @@ def test_stray_bytes_between_segments_of_a_jpeg_are_read_over_as_decoders_do(jun
         assert np.array_equal(decode(damaged), whole)
         assert np.array_equal(images.decode_photo(damaged)[0], whole)
         assert np.array_equal(cut_patches(damaged, 64, [Place(5, 7)]), cut_patches(data, 64, [Place(5, 7)]))
+
+
+@pytest.mark.parametrize(
+    "segment", [b"\xe2ICC_PROFILE\0", b"\xe2ICC_PROFILE\0\1", b"\xe0JFIF", b"\xeeAdobe", b"\xe1", b"\xedPhotoshop 3.0"]
+)
+def test_an_application_segment_that_is_too_short_is_ignored_as_decoders_do(segment: bytes) -> None:
+    exif = Image.Exif()
+    exif[images.EXIF_ORIENTATION] = 6
+    for mode in ("RGB", "CMYK"):
+        data = encoded(photo(1).convert(mode), exif=exif)
+        short = segment[:1] + struct.pack(">H", 1 + len(segment)) + segment[1:]
+        damaged = data[:2] + b"\xff" + short + data[2:]
+        assert np.array_equal(decode(damaged), decode(data))
+        assert np.array_equal(images.decode_photo(damaged)[0], images.decode_photo(data)[0])

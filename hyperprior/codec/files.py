@@ -63,12 +63,9 @@ def plan(
         jobs = [
             Job(source, target) for (source, _), target in zip(names, choose_targets(names, sources, out, new_suffix))
         ]
-        if existing == "skip":
-            jobs = [job for job in jobs if job.target == STANDARD or not Path(job.target).exists()]
-        check_targets(jobs, force=existing == "replace")
+        return list(select_jobs(jobs, existing))
     except OSError as error:  # a name that is too long, a directory without permission
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
-    return jobs
 
 
 def list_sources(sources: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, str]]:
@@ -107,8 +104,8 @@ def choose_targets(
             yield out or (STANDARD if source == STANDARD else str(Path(source).with_suffix(new_suffix)))
 
 
-def check_targets(jobs: Sequence[Job], force: bool) -> None:
-    """Raises ConfigError if a target would be written twice, or if it must not be overwritten."""
+def select_jobs(jobs: Sequence[Job], existing: Existing) -> Iterator[Job]:
+    """The jobs to do. Raises ConfigError if a target would be written twice, or if it must not be overwritten."""
     source_of: dict[str, str] = {}
     for job in jobs:
         place = Path(job.target)
@@ -117,13 +114,16 @@ def check_targets(jobs: Sequence[Job], force: bool) -> None:
             raise ConfigError(f"{source_of[real]} and {job.source} would both become {job.target}")
         source_of[real] = job.source
         if job.target == STANDARD or not place.exists():
+            yield job
             continue
-        if job.source != STANDARD and place.samefile(job.source):
+        if job.source != STANDARD and Path(job.source).exists() and place.samefile(job.source):
             raise ConfigError(f"{job.source} would overwrite itself; give another -o")
         if not place.is_file():
             raise ConfigError(f"{job.target} exists and is no file; give another -o")
-        if not force:
+        if existing == "refuse":
             raise ConfigError(f"{job.target} exists; --force overwrites it, --skip-existing leaves it alone")
+        if existing == "replace":
+            yield job
 
 
 # Converting -----------------------------------------------------------------------------------------------
@@ -144,17 +144,17 @@ def convert_all(
             try:
                 data = read_source(job.source)
                 result, facts = convert(job, data)
-            except (DataError, images.Unusable) as error:
-                kind = type(error) if isinstance(error, DataError) else DataError
+                if job.target == STANDARD:
+                    write_to_stdout(result)
+                else:
+                    storage.write_bytes(Path(job.target), result)
+            except (DataError, ConfigError, images.Unusable) as error:
+                kind = DataError if isinstance(error, images.Unusable) else type(error)
                 errors.append(kind(f"{job.source}: {error}"))
                 rows.append({"source": job.source, "error": str(error)})
                 if len(jobs) > 1:
                     terminal.warn(str(errors[-1]))
                 continue
-            if job.target == STANDARD:
-                write_to_stdout(result)
-            else:
-                storage.write_bytes(Path(job.target), result)
             rows.append({"source": job.source, "target": job.target, "source_bytes": len(data), **facts})
             terminal.say(f"{job.source} → {job.target}  {describe_file(facts)}")
             track.update(done)

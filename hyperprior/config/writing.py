@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from hyperprior.config.schema import SOURCES, Config, find_section, list_fields
+from hyperprior.errors import hide_secrets
 
 
 def render(config: Config) -> str:
@@ -44,23 +44,6 @@ def flatten(config: Config) -> dict[str, Any]:
     for name, value in config.to_dict().items():
         values.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
     return values
-
-
-# The user and password of a URL, its query and its fragment.
-URL = re.compile(r"""([a-z][a-z0-9+.-]*://)(?:[^/\s'"@]*@)?([^\s'"?#]*)(?:[?#][^\s'"]*)?""", re.IGNORECASE)
-# What a command after `pipe:` gets as a header, a user, or a value whose name says that it is secret.
-ARGUMENT = r"""('[^']*'|"[^"]*"|\S+)"""
-SECRET = re.compile(
-    rf"((?:^|\s)(?:-u|-H|--user|--header|--\S*(?:password|token|secret|key))(?:=|\s+)"
-    rf"|\b\w*(?:password|token|secret|key)\w*=){ARGUMENT}",
-    re.IGNORECASE,
-)
-
-
-def hide_secrets(text: str) -> str:
-    """Text with URLs without user, password, query and fragment, and `pipe:` commands without headers and passwords."""
-    text = URL.sub(r"\1\2", text)
-    return SECRET.sub(r"\1...", text) if text.lower().startswith("pipe:") else text
 
 
 def without_secrets(config: Config) -> Config:

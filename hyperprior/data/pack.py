@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple, Optional, Union
@@ -67,17 +68,18 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
         samples = []
         for shard in opened:
             wait_for(shard.name)
-            samples += [(sample.shard, sample.key, find_size(sample)) for sample in shard.samples()]
+            samples += [identify(sample) for sample in shard.samples()]
         names = choose_names([(shard, key) for shard, key, _ in samples])
         described = [(*key.split(".", 1), size) for _, key, size in samples]
         plan = json.dumps({"samples": f"{draw(described):016x}", "options": options._asdict()})
         plan_file = out / "pack.json"
-        if plan_file.exists() and plan_file.read_text() != plan:
+        storage.remove_unfinished(out)
+        if plan_file.exists() and plan_file.read_bytes() != plan.encode():
             raise ConfigError(f"{out} holds shards of other sources or options; choose another --out")
         if not plan_file.exists() and any(out.glob("*.tar")):
             raise ConfigError(f"{out} holds tars already; choose another --out")
         storage.write_text(plan_file, plan)
-        paths = write_shards(opened, names, out, options, terminal, wait_for)
+        paths = write_shards(read_again(opened, samples), names, out, options, terminal, wait_for)
     if not paths:
         raise DataError(f"none of the {len(samples)} images can be packed; the warnings say why")
     count = sum(len(tars.list_members(str(path), 0, path.stat().st_size, str(path))) for path in paths)
@@ -96,10 +98,10 @@ def check_out(sources: Sequence[str], out: Path) -> None:
     real = Path(os.path.realpath(out))
     for source in sources:
         local = [location for location in shards.expand_braces(source) if not shards.is_remote(location)]
-        for path in (Path(location).expanduser() for location in local):
+        for path in map(shards.expand_home, local):
             is_inside = tars.is_tar(path.name) and path.is_file() and Path(os.path.realpath(path)).parent == real
             if path.is_dir():
-                folders = {Path(os.path.realpath(folder)) for folder, _ in shards.walk(path)}
+                folders = {Path(os.path.realpath(folder)) for folder, _ in images.walk(path)}
                 is_inside = not folders.isdisjoint((real, *real.parents))
             if is_inside:
                 raise ConfigError(
@@ -107,16 +109,28 @@ def check_out(sources: Sequence[str], out: Path) -> None:
                 )
 
 
-def find_size(sample: Sample) -> int:
+def identify(sample: Sample) -> tuple[str, str, int]:
+    """Its shard, key and size."""
     if sample.data is not None:
-        return len(sample.data)
+        return sample.shard, sample.key, len(sample.data)
+    size = 0  # `prepare_sample` reports an unreadable file
     with contextlib.suppress(OSError):
-        return sample.size or Path(sample.path).stat().st_size
-    return 0  # `prepare_sample` reports the unreadable file
+        size = sample.size or Path(sample.path).stat().st_size
+    return sample.shard, sample.key, size
+
+
+def read_again(opened: list[Shard], before: Sequence[tuple[str, str, int]]) -> Iterator[Sample]:
+    """All samples once more. Raises DataError where they are no longer those of `before`, which have the names."""
+    samples = (sample for shard in opened for sample in shard.samples())
+    for sample, expected in itertools.zip_longest(samples, before):
+        if sample is None or identify(sample) != expected:
+            shard, key, _ = expected or identify(sample)
+            raise DataError(f"{shard} gave other images when it was read again, from {key} on; use a source that stays")
+        yield sample
 
 
 def write_shards(
-    opened: list[Shard],
+    samples: Iterator[Sample],
     names: list[str],
     out: Path,
     options: Options,
@@ -126,7 +140,6 @@ def write_shards(
     """Packs all samples under `names`, and returns the paths of all shards, new and old."""
     paths: list[Path] = []
     total = len(names)
-    samples = (sample for shard in opened for sample in shard.samples())
     with terminal.track("packing", total) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, total, options.images_per_shard):
             group = names[first : first + options.images_per_shard]
@@ -144,6 +157,7 @@ def write_shards(
             if path.exists():
                 paths.append(path)
             track.update(first + len(group))
+        next(samples, None)  # there is none, or `read_again` raises DataError
     return paths
 
 
@@ -203,9 +217,10 @@ def prepare_sample(sample: Sample, key: str, options: Options) -> Union[Packed, 
     if scale < 1.0:
         shape = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = np.asarray(Image.fromarray(image).resize(shape, Image.Resampling.LANCZOS))
-    file = io.BytesIO()
-    if (options.encode or kind) == "jpeg":
-        Image.fromarray(image).save(file, "JPEG", quality=options.quality, subsampling=0, optimize=True)
-        return Packed(key, "jpg", file.getvalue())
-    Image.fromarray(image).save(file, "PNG")
-    return Packed(key, "png", file.getvalue())
+    file, is_jpeg = io.BytesIO(), (options.encode or kind) == "jpeg"
+    settings = {"quality": options.quality, "subsampling": 0, "optimize": True} if is_jpeg else {}
+    try:
+        Image.fromarray(image).save(file, "JPEG" if is_jpeg else "PNG", **settings)
+    except Exception as error:  # Pillow raises many types if a format cannot hold an image
+        return LeftOut(sample.name, f"{image.shape[1]}x{image.shape[0]} cannot be written: {error}")
+    return Packed(key, "jpg" if is_jpeg else "png", file.getvalue())

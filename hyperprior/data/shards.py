@@ -9,20 +9,19 @@ module reads the shards itself, and `lanes` divides them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Optional
 
-from hyperprior.config import hide_secrets
 from hyperprior.data import tars
 from hyperprior.data.tars import is_tar
-from hyperprior.errors import ConfigError, DataError
-from hyperprior.images import MAX_BYTES, TRAINING_SUFFIXES, describe_too_large, is_training_image
+from hyperprior.errors import ConfigError, DataError, hide_secrets
+from hyperprior.images import MAX_BYTES, TRAINING_SUFFIXES, describe_too_large, is_training_image, walk
 
 FILES_PER_PART = 1000  # a directory with more images is cut into parts
 
@@ -180,7 +179,7 @@ def open_location(location: str, key: str, allow_pipe: bool, ignored: Ignored) -
         )
     if is_remote(location):
         return [Shard("url", location, hide_secrets(location))]
-    path = Path(location).expanduser()
+    path = expand_home(location)
     try:
         if path.is_dir():
             return open_directory(path, key, allow_pipe, ignored)
@@ -198,12 +197,19 @@ def open_location(location: str, key: str, allow_pipe: bool, ignored: Ignored) -
         return open_tar(str(path), size)
     if is_training_image(path.name):
         return [Shard("files", str(path.parent), str(path), files=(path.name,))]
-    if path.name.lower().endswith(tars.COMPRESSED_SUFFIXES):
+    if tars.is_compressed_tar(path.name):
         raise make_compressed_error(key, path)
     raise ConfigError(
         f"{key}: {location} is not a tar, image or directory; allowed are *.tar, directories, "
         f"images ({', '.join(sorted(TRAINING_SUFFIXES))}) and URLs"
     )
+
+
+def expand_home(location: str) -> Path:
+    """The path with the user's folder in place of `~`. A `~name` that is no user stays, as in a shell."""
+    with contextlib.suppress(RuntimeError):
+        return Path(location).expanduser()
+    return Path(location)
 
 
 def open_directory(path: Path, key: str, allow_pipe: bool, ignored: Ignored) -> list[Shard]:
@@ -218,7 +224,7 @@ def open_directory(path: Path, key: str, allow_pipe: bool, ignored: Ignored) -> 
         for file in files:
             if is_tar(file):
                 inner_tars.append(str(Path(folder, file)))
-            elif file.lower().endswith(tars.COMPRESSED_SUFFIXES):
+            elif tars.is_compressed_tar(file):
                 raise make_compressed_error(key, Path(folder, file))
             elif is_training_image(file):
                 images.append(Path(folder, file).relative_to(path).as_posix())
@@ -231,20 +237,7 @@ def open_directory(path: Path, key: str, allow_pipe: bool, ignored: Ignored) -> 
     return shards
 
 
-def walk(path: Path, on_error: Optional[Callable[[OSError], object]] = None) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of a directory and all folders below it, also behind links, each once."""
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(path, onerror=on_error, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder that was visited
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        yield folder, files
-
-
-def make_compressed_error(key: str, path: Path) -> DataError:
+def make_compressed_error(key: str, path: Path | str) -> DataError:
     return DataError(f"{key}: {path} is compressed; decompress it, because tars are read in place, or move it away")
 
 
@@ -262,6 +255,8 @@ def open_tar(path: str, size: int) -> list[Shard]:
     shards = []
     members = tars.list_members(path, 0, size, path)
     for name, offset, length, problem in members:
+        if tars.is_compressed_tar(name):
+            raise make_compressed_error(path, f"its member {name}")
         if is_tar(name):
             if problem:
                 raise DataError(f"{path}//{name} cannot be read: {problem}")

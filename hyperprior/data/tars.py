@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple, NoReturn, Optional
 
-from hyperprior.config import hide_secrets
 from hyperprior.errors import DataError
 from hyperprior.images import MAX_BYTES, describe_too_large, is_training_image
 
@@ -49,6 +49,10 @@ class Member(NamedTuple):
 def is_tar(name: str) -> bool:
     path = PurePosixPath(name)
     return path.suffix.lower() == ".tar" and not path.name.startswith("._")  # macOS writes a "._name" beside a file
+
+
+def is_compressed_tar(name: str) -> bool:
+    return name.lower().endswith(COMPRESSED_SUFFIXES)
 
 
 # Reading by position --------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def list_images(path: str, offset: int, size: int, name: str, beside_tars: bool)
     An inner tar also raises DataError, unless the images are `beside_tars`.
     """
     members = list_members(path, offset, size, name)
-    inner = next((member.name for member in members if is_tar(member.name)), None)
+    inner = next((member.name for member in members if is_tar(member.name) or is_compressed_tar(member.name)), None)
     if inner and not beside_tars:
         raise DataError(
             f"{name} holds the tar {in_one_line(inner)} after images or inside an inner tar; a nested tar must begin "
@@ -331,7 +335,7 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
             counting = CountingStream(stream)
             with tarfile.open(fileobj=counting, mode="r|", tarinfo=Header) as tar:  # type: ignore[call-overload]
                 for member in read_headers(tar):
-                    if member.isreg() and is_tar(member.name):
+                    if member.isreg() and (is_tar(member.name) or is_compressed_tar(member.name)):
                         raise DataError(
                             f"{name}: member {in_one_line(member.name)} is a tar; nested tars are read in place from "
                             f"local files only; give the inner tars as separate URLs"
@@ -354,5 +358,7 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
     except Refused as error:
         raise make_header_error(name, error) from error
     except (OSError, AssertionError, *BROKEN) as error:
-        reason = describe_compression(counting.head if counting else b"") or hide_secrets(str(error))
+        failed = re.search(r": exit (-?\d+) \(read\)", str(error))  # after the command, which may hold secrets
+        reason = f"its command ended with exit code {failed[1]}" if failed else str(error)
+        reason = describe_compression(counting.head if counting else b"") or reason
         raise DataError(f"{name} cannot be read as a tar: {reason}") from error

@@ -34,6 +34,8 @@ from hyperprior.reference.baselines import Baseline
 from hyperprior.storage import write_text, write_whole
 from hyperprior.terminal import Terminal
 
+RESULTS = ("summary.json", "images.csv", "summary.md", "rd_psnr.png", "rd_psnr.svg", "pictures.png", "report.html")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -62,10 +64,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
         digests = {photo.name: photo.sha256 for photo in photos}
         stored = gate.read_stored(options.gate, out, digests, {model.name: model.facts() for model in models})
     cache = baselines.Cache(options.cache or baselines.default_cache())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
+    prepare_out(out)
 
     gallery = pictures.Gallery(photos)
     rows, files = measure_photos(photos, gallery.names, models, chosen_baselines, cache, terminal)
@@ -88,8 +87,8 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     model_lines += [f"- Gate: {gate.describe_verdict(verdict)}." for verdict in verdicts]
     other_lines = [*report.make_points_table(points, "baseline"), *report.describe_method(points)]
 
+    write_text(out / "summary.json", json.dumps(summary, indent=1))  # first, because `prepare_out` looks for it
     write_text(out / "images.csv", report.to_csv(rows))
-    write_text(out / "summary.json", json.dumps(summary, indent=1))
     write_text(out / "summary.md", "\n".join([*model_lines, *other_lines]) + "\n")
     for name, figure in plots.draw_rd_figures(points):
         for kind in ("png", "svg"):
@@ -104,6 +103,20 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     if worse := [verdict for verdict in verdicts if not verdict["passed"]]:
         raise GateError("; ".join(map(gate.describe_verdict, worse)))
     return summary
+
+
+def prepare_out(out: Path) -> None:
+    """Makes the folder. Raises ConfigError if it holds files that no evaluation wrote, and that would be replaced."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = [name for name in RESULTS if (out / name).exists()]
+        is_ours = "hyperprior" in json.loads((out / "summary.json").read_bytes()) if found else True
+    except (ValueError, FileNotFoundError):
+        is_ours = False
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
+    if not is_ours:
+        raise ConfigError(f"--out {out} holds {found[0]} that no evaluation wrote; choose another")
 
 
 # Choosing models and curves -------------------------------------------------------------------------------

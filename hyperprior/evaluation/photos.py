@@ -11,6 +11,7 @@ from typing import Optional
 import numpy as np
 
 from hyperprior import images
+from hyperprior.codec import files
 from hyperprior.errors import DataError
 from hyperprior.images import PHOTO_SUFFIXES
 
@@ -35,10 +36,11 @@ def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] =
     `out` are left out: they are results of an earlier evaluation.
     """
     try:
-        list(folder.iterdir())  # raises where rglob would find nothing
         paths = images.list_files(folder, PHOTO_SUFFIXES)
     except OSError as error:
-        raise DataError(f"--images {folder} cannot be read: {error.strerror}; give a directory of images") from error
+        raise DataError(
+            f"--images: {error.filename} cannot be read: {error.strerror}; give a directory of images"
+        ) from error
     paths = [path for path in paths if not images.is_below(path, out)]
     if not paths:
         raise DataError(f"--images {folder} holds no image ({', '.join(PHOTO_SUFFIXES)})")
@@ -62,6 +64,6 @@ def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] =
 def read_photo(path: Path) -> np.ndarray:
     """[H, W, 3] uint8, upright. Raises DataError."""
     try:
-        return images.decode_photo(path.read_bytes())[0]
-    except (images.Unusable, OSError) as error:
+        return images.decode_photo(files.read_source(str(path)))[0]
+    except (images.Unusable, DataError) as error:
         raise DataError(f"{path} cannot be used: {error}") from error

@@ -54,7 +54,7 @@ def train(
     from hyperprior.terminal import Terminal
 
     if "://" in str(run):
-        raise ConfigError(f"run is {str(run).partition('?')[0]}; it must be a local directory")
+        raise ConfigError(f"run is {run}; it must be a local directory")
     return train_and_export(load_config(config, overrides), Path(run), Terminal(quiet))
 
 

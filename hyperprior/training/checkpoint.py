@@ -16,7 +16,7 @@ from typing import Any, Optional
 import numpy as np
 
 from hyperprior import config
-from hyperprior.errors import ConfigError, LostWorker
+from hyperprior.errors import ConfigError, LostWorker, StorageError
 from hyperprior.storage import Arrays, TrainedWeights, load_arrays, save_arrays, with_prefix
 
 FORMAT = 1
@@ -44,9 +44,9 @@ def save(path: Path, arrays: Arrays, state: dict[str, Any]) -> None:
     save_arrays(path, arrays, state, file_format=FORMAT)
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Deletes all but the newest `count` checkpoints. The best weights stay."""
-    for step in steps_in(folder)[:-count]:
+def keep_last(folder: Path, newest: int, count: int) -> None:
+    """Deletes checkpoints up to step `newest` but the last `count`, not the best weights. Later ones are damaged."""
+    for step in [step for step in steps_in(folder) if step <= newest][:-count]:
         with contextlib.suppress(OSError):
             path_of(folder, step).unlink()
 
@@ -54,7 +54,8 @@ def keep_last(folder: Path, count: int) -> None:
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Optional[tuple[Arrays, dict[str, Any]]]:
     """Loads (arrays, state) of the newest intact checkpoint. Warns about damaged ones. None if there is no checkpoint.
 
-    Raises ConfigError if all checkpoints are damaged, because a new start would hide the loss.
+    Raises ConfigError if all checkpoints are damaged, because a new start would hide the loss. Raises ConfigError or
+    StorageError if one cannot be read, because it may be intact.
     """
     steps = steps_in(folder)
     for step in reversed(steps):
@@ -76,7 +77,7 @@ def wait_for(folder: Path, step: int) -> tuple[Arrays, dict[str, Any]]:
     while True:
         try:
             return load_arrays(path_of(folder, step), FORMAT)
-        except ValueError as error:
+        except (ValueError, StorageError) as error:
             if time.monotonic() > deadline:
                 raise LostWorker(
                     f"the chief resumes from step {step}, but here {error}; all workers must see the same run directory"

@@ -14,7 +14,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -32,10 +32,12 @@ from hyperprior.storage import Arrays, TrainedWeights
 from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint
 
-CONTENTS = (box.WEIGHTS, "model.json", "saved_model")
+CONTENTS = re.compile(
+    r"model\.(npz|json)|saved_model(/(assets|(fingerprint|saved_model)\.pb|variables(/variables\.(index|data-\S+))?))?"
+)
 COST_IMAGES = 8
 NOT_KEPT = "; a run keeps no query, password or header of its sources, so only `train` can measure the cost with them"
-HIDDEN = re.compile(r"[\s=]\.\.\.(\s|$)")  # what `hide_secrets` leaves in a command
+HIDDEN = re.compile(r"[\s=uUH]\.\.\.(\s|$)")  # what `hide_secrets` leaves in a command
 
 
 class Exported(NamedTuple):
@@ -66,8 +68,7 @@ def export(
     out = out or run / "model"
     if out.is_symlink() or not out.name:
         out = out.resolve()
-    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(CONTENTS)):
-        raise ConfigError(f"{out} holds more than an exported model; move the rest away, or choose another --out")
+    check_contents(out)
     trained = checkpoint.best_weights(run, terminal.warn)
     if data:
         trained = dataclasses.replace(trained, settings=trained.settings.model_copy(update={"data": data}))
@@ -83,7 +84,7 @@ def export(
         replaced = existing.fingerprint
 
     check_replacement(out / box.WEIGHTS, weights, force)
-    exported = make_exported(trained, weights, str(out))
+    exported = make_exported(trained, weights, str(out), terminal.warn)
     try:
         with replace_directory(out) as folder:
             save_exported(folder / box.WEIGHTS, exported)
@@ -105,12 +106,21 @@ def export(
     return report
 
 
+def check_contents(out: Path) -> None:
+    """Raises ConfigError if `out` holds anything that `export` did not write."""
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    others = sorted(name for name in names if not CONTENTS.fullmatch(name))
+    if (out.exists() and not out.is_dir()) or others or (names and box.WEIGHTS not in names):
+        found = f"{others[0]}, which is no part of" if others else "something else than"
+        raise ConfigError(f"{out} holds {found} an exported model; move it away, or choose another --out")
+
+
 def export_file(run: Path, out: Path, terminal: Terminal, force: bool) -> dict[str, Any]:
     """Writes the model of a run into one file."""
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = storage.fingerprint(trained.arrays)
     check_replacement(out, weights, force)
-    exported = make_exported(trained, weights, str(out))
+    exported = make_exported(trained, weights, str(out), terminal.warn)
     save_exported(out, exported)
     return report_exported(out, exported, terminal)
 
@@ -157,7 +167,7 @@ def save_exported(path: Path, exported: Exported) -> None:
     storage.save_arrays(path, exported.arrays, exported.description, file_format=box.FORMAT, compressed=True)
 
 
-def make_exported(trained: TrainedWeights, weights: str, origin: str) -> Exported:
+def make_exported(trained: TrainedWeights, weights: str, origin: str, warn: Callable[[str], None]) -> Exported:
     """Makes the codec of trained weights, which it rounds first."""
     stored = {name: shorten(array) for name, array in trained.arrays.items()}
     rounded = dataclasses.replace(trained, arrays={name: array.astype(np.float32) for name, array in stored.items()})
@@ -168,7 +178,7 @@ def make_exported(trained: TrainedWeights, weights: str, origin: str) -> Exporte
     arrays = making.make_arrays(rounded) | floats
     info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": __version__}
     made = Codec(arrays, trained.settings, info, origin)
-    info["exactness"] = measure_cost(model, made)
+    info["exactness"] = measure_cost(model, made, warn)
     description = {
         "format": box.FORMAT,
         "fingerprint": made.fingerprint,
@@ -201,7 +211,7 @@ def report_exported(out: Path, exported: Exported, terminal: Terminal) -> dict[s
 # The cost of exactness ------------------------------------------------------------------------------------
 
 
-def measure_cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
+def measure_cost(model: ScaleHyperprior, made: Codec, warn: Callable[[str], None]) -> dict[str, Any]:
     """Measures the rate that integers and tables cost on a few held-out images.
 
     Returns bits per pixel: the float model's estimate, the estimate with integer h_s, and the size of real files.
@@ -222,7 +232,8 @@ def measure_cost(model: ScaleHyperprior, made: Codec) -> dict[str, Any]:
             real += 8 * len(file)
     except DataError as error:
         remote = any(shards.is_remote(source) for name in SOURCES for source in getattr(made.config.data, name))
-        return {"images": 0, "reason": str(error) + NOT_KEPT * remote}
+        warn(str(error) + NOT_KEPT * remote)
+        return {"images": 0, "reason": "the run's images cannot be read"}  # a model names no sources
     values = {"bpp_float": estimate, "bpp_exact": exact_estimate, "bpp_file": real}
     return {"images": len(images), **{name: bits / pixels for name, bits in values.items()}}
 

@@ -58,6 +58,8 @@ def train(settings: Config, run: Path, terminal: Terminal, owns_process: bool = 
             check_directory(run)
             if world.is_chief:
                 resources.enter_context(storage.lock_directory(run))
+                for folder in (run, run / "checkpoints"):
+                    storage.remove_unfinished(folder)
 
         world.check_same({**select_comparable(settings), "version": __version__, "tensorflow": tf.__version__})
         world.check_batch()
@@ -67,11 +69,15 @@ def train(settings: Config, run: Path, terminal: Terminal, owns_process: bool = 
 
 
 def check_directory(run: Path) -> None:
-    """Raises ConfigError if `run` holds a config.yaml that no run wrote, because training would replace it."""
+    """Raises ConfigError if `run` holds files that no run wrote, and that training would replace."""
     config = run / "config.yaml"
-    is_run = (run / "checkpoints").is_dir()
-    if config.is_file() and not is_run and not config.read_bytes().startswith(CONFIG_HEAD.encode()):
-        raise ConfigError(f"{config} is not the config of a run, and would be replaced; choose another --run")
+    if (run / "checkpoints").is_dir():
+        return
+    if config.is_file():
+        if not config.read_bytes().startswith(CONFIG_HEAD.encode()):
+            raise ConfigError(f"{config} is not the config of a run, and would be replaced; choose another --run")
+    elif found := [name for name in ("metrics.jsonl", "results.json", "model") if (run / name).exists()]:
+        raise ConfigError(f"{run} is no run, but holds {found[0]}, which would be replaced; choose another --run")
 
 
 def select_comparable(settings: Config) -> dict[str, Any]:
@@ -326,7 +332,7 @@ class Trainer:
         }
         path = checkpoint.path_of(self.checkpoints, self.state.step)
         checkpoint.save(path, self.optimizer.arrays(), state)
-        checkpoint.keep_last(self.checkpoints, self.settings.train.keep_checkpoints)
+        checkpoint.keep_last(self.checkpoints, self.state.step, self.settings.train.keep_checkpoints)
 
     def write_best(self) -> None:
         if self.world.is_chief:

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import numpy as np
@@ -30,6 +31,7 @@ from hyperprior import config, images, pillow, storage
 from hyperprior.codec import box, codec, container, files, native, serving
 from hyperprior.codec.codec import Codec
 from hyperprior.errors import BitstreamError, ConfigError, DataError, StorageError
+from hyperprior.evaluation.photos import find_photos
 from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint, export
 from hyperprior.training.info import info
@@ -158,7 +160,7 @@ def test_an_impossible_export_is_refused_and_changes_nothing(tmp_path: Path, run
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     shutil.copy(run / "model" / "model.npz", tmp_path / "mine")
-    with pytest.raises(ConfigError, match="holds more than an exported model"):
+    with pytest.raises(ConfigError, match=r"holds thesis\.tex, which is no part of an exported model"):
         export.export(run, tmp_path / "mine", Terminal())
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
@@ -169,6 +171,22 @@ def test_an_impossible_export_is_refused_and_changes_nothing(tmp_path: Path, run
     with pytest.raises(ConfigError, match="`h_a/0/bias` of step 30 is not finite"):
         export.export(tmp_path / "nan", None, Terminal())
     assert not (tmp_path / "nan" / "model").exists()
+
+
+def test_an_export_never_replaces_what_others_put_beside_or_into_a_model(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "theirs" / "saved_model").mkdir(parents=True)
+    (tmp_path / "theirs" / "saved_model" / "saved_model.pb").write_bytes(b"of another tool")
+    shutil.copytree(run, tmp_path / "run")
+    extra = tmp_path / "run" / "model" / "saved_model" / "assets.extra" / "tf_serving_warmup_requests"
+    extra.parent.mkdir()
+    extra.write_bytes(b"requests")
+    for out, found in ((tmp_path / "theirs", "something else than"), (None, r"saved_model/assets\.extra, which is no")):
+        with pytest.raises(ConfigError, match=f"holds {found}.* an exported model; move it away"):
+            export.export(tmp_path / "run", out, Terminal(), force=True)
+    assert (tmp_path / "theirs" / "saved_model" / "saved_model.pb").read_bytes() == b"of another tool"
+    assert extra.read_bytes() == b"requests"
+    shutil.rmtree(extra.parent)
+    export.export(tmp_path / "run", None, Terminal())
 
 
 def test_a_model_that_cannot_be_replaced_stays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +372,8 @@ def test_a_folder_is_compressed_and_decompressed_from_the_command_line(
 
 def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "a.jpg", "b.png", "d/a.png"):
+    Path("c.hyp").mkdir()
+    for name in ("a.png", "a.jpg", "b.png", "b.jpg", "c.png", "d/a.png"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(b"")
     Path("b.hyp").write_bytes(b"")
@@ -371,6 +390,10 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
     assert plan("-") == [("-", "-")]
     assert plan("-", out="d") == [("-", "d/stdin.hyp")]
     assert plan("d") == [("d/a.png", "d/a.hyp")]
+    Path("d/z.png").symlink_to("nowhere")  # this source fails later, and is not left out in silence
+    Path("e").mkdir()
+    Path("e/linked").symlink_to("../d")
+    assert plan("e") == [(f"e/linked/{name}.png", f"e/linked/{name}.hyp") for name in "az"]
     assert plan("a.png", "b.png", out="new") == [("a.png", "new/a.hyp"), ("b.png", "new/b.hyp")]
     assert plan("b.png", existing="replace") == [("b.png", "b.hyp")]
     assert plan("a.png", "b.png", existing="skip") == [("a.png", "a.hyp")]
@@ -386,12 +409,46 @@ def test_plans_are_refused_before_anything_is_read(tmp_path: Path, monkeypatch: 
         ({"sources": ["b.hyp"], "existing": "replace"}, "b.hyp would overwrite itself"),
         ({"sources": ["b.png"], "out": "./b.png", "existing": "replace"}, "b.png would overwrite itself"),
         ({"sources": ["b.png"], "out": "/dev/null", "existing": "replace"}, "/dev/null exists and is no file"),
+        ({"sources": ["c.png"], "existing": "skip"}, "c.hyp exists and is no file"),
+        ({"sources": ["b.png", "b.jpg"], "existing": "skip"}, "b.png and b.jpg would both become b.hyp"),
         ({"sources": ["x" * 300 + ".png"]}, "File name too long"),
         ({"sources": ["a.png", "b.png"], "out": "-"}, "2 files cannot all go to standard output"),
         ({"sources": ["a.png", "b.png"], "out": "b.hyp"}, "b.hyp is a file; 2 files need a directory"),
     ]:
         with pytest.raises(ConfigError, match=message):
             plan(*arguments.pop("sources"), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d" / "closed").mkdir(parents=True)
+    photo(1).save(tmp_path / "d" / "a.png")
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConfigError, match=r"d/closed: Permission denied"):
+        files.plan([str(tmp_path / "d")], None, (".png",), ".hyp", "refuse")
+    with pytest.raises(DataError, match=r"d/closed cannot be read: Permission denied"):
+        find_photos(tmp_path / "d", print)
+
+
+def test_a_file_of_an_unknown_model_does_not_end_a_batch(
+    tmp_path: Path, model: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYPERPRIOR_MODEL")
+    data = package.load("q1").compress(np.asarray(photo(1)))
+    (tmp_path / "d").mkdir()
+    for name, content in (("a", data), ("b", model.compress(np.asarray(photo(1)))), ("c", data)):
+        (tmp_path / "d" / f"{name}.hyp").write_bytes(content)
+    with pytest.raises(DataError, match="1 of 3 files failed"):
+        files.decompress([str(tmp_path / "d")], None, None, ".png", "refuse", None, Terminal())
+    assert sorted(path.name for path in (tmp_path / "d").glob("*.png")) == ["a.png", "c.png"]
+    with pytest.raises(ConfigError, match=rf"b\.hyp: written with model {model.fingerprint}, which is not in the box"):
+        files.decompress([str(tmp_path / "d" / "b.hyp")], None, None, ".png", "refuse", None, Terminal())
 
 
 def test_a_failed_decompression_leaves_no_file(tmp_path: Path, model: Codec) -> None:

@@ -425,6 +425,33 @@ def test_a_compressed_tar_is_named_wherever_it_is(
             open_sources([str(tmp_path / source)], "x")
     with pytest.raises(DataError, match="cannot be read as a tar: it is compressed; decompress it with"):
         keys(open_sources([f"{served}/hidden.tar"], "x"))
+    members = [("b.tar", tar_bytes(photos(2))), (f"c{suffix}", compressed)]
+    for name, first in (("nested", members[:1]), ("flat", photos(1))):
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes([*first, members[1]]))
+        for source in (str(tmp_path / f"{name}.tar"), f"{served}/{name}.tar"):
+            with pytest.raises(
+                DataError, match=rf"c{suffix}.* (is compressed|is a tar)|holds the tar c{suffix}|b\.tar is a"
+            ):
+                keys(open_sources([source], "x"))
+
+
+def test_the_home_of_nobody_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="~nobody-here/a.tar cannot be read: No such file"):
+        open_sources(["~nobody-here/a.tar"], "x")
+    Path("~old").mkdir()
+    Path("~old/a.jpg").write_bytes(encoded(photo(1)))
+    assert keys(open_sources(["~old"], "x")) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "command", ["curl -sf -H 'Authorization: SECRET' file:///none", "curl -sfuSECRET:SECRET file:///none"]
+)
+def test_a_command_that_fails_is_named_without_its_secrets(command: str) -> None:
+    (shard,) = open_sources([f"pipe:{command}"], "x", allow_pipe=True)
+    with pytest.raises(DataError, match="cannot be read as a tar: its command ended with exit code 37") as error:
+        list(shard.samples())
+    assert "SECRET" not in str(error.value) and "file:///none" in str(error.value)
 
 
 def test_tars_that_were_joined_by_cat_are_named(served: str, tmp_path: Path) -> None:

@@ -299,6 +299,28 @@ def test_files_that_are_passed_over_are_counted(folder: Path) -> None:
     assert warnings == [f"{folder} also holds files without an image suffix: .heic 1, .txt 1"]
 
 
+def test_results_do_not_replace_the_files_of_others(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.plots, "draw_rd_figures", lambda points: [])  # saves seconds
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"out holds summary\.md that no evaluation wrote; choose another"):
+        run(tmp_path, "a", folder)
+    assert (tmp_path / "out" / "summary.md").read_text() == "mine"
+    (tmp_path / "out" / "summary.md").unlink()
+    run(tmp_path, "a", folder)
+    run(tmp_path, "a", folder)
+
+
+def test_a_file_larger_than_an_image_can_be_is_left_out(folder: Path) -> None:
+    with (folder / "huge.tif").open("wb") as file:
+        file.truncate(8 * 178_956_970 + 1)
+    warnings: list[str] = []
+    assert evaluate.find_photos(folder, warnings.append)
+    assert f"{folder / 'huge.tif'} cannot be used: a file of 1,431,655,761 bytes" in warnings[-1]
+
+
 # The gate ---------------------------------------------------------------------------------------------------
 
 

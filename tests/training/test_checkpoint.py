@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import resource
+import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -82,7 +87,7 @@ def test_only_names_that_a_run_writes_are_read_counted_and_deleted(tmp_path: Pat
     assert checkpoint.steps_in(tmp_path) == [5, 10, 15, 20]
     loaded = checkpoint.load_newest(tmp_path, pytest.fail)
     assert loaded is not None and loaded[1]["step"] == 20
-    checkpoint.keep_last(tmp_path, 2)
+    checkpoint.keep_last(tmp_path, 20, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "step-000000015.npz", "step-000000020.npz"])
 
 
@@ -111,8 +116,90 @@ def test_a_full_disk_leaves_old_checkpoints_unchanged(tmp_path: Path) -> None:
 def test_the_last_checkpoints_and_the_best_weights_are_kept(tmp_path: Path) -> None:
     fill(tmp_path, *range(1, 8))
     checkpoint.save(tmp_path / "best.npz", ARRAYS, {})
-    checkpoint.keep_last(tmp_path, 3)
+    checkpoint.keep_last(tmp_path, 7, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.npz", *(f"step-{s:09d}.npz" for s in (5, 6, 7))]
+    # 6 and 7 are damaged: a run that resumes from 5 keeps what it saves from there on.
+    for step in (6, 7):
+        checkpoint.path_of(tmp_path, step).write_bytes(b"")
+    checkpoint.save(checkpoint.path_of(tmp_path, 5), ARRAYS, {"again": True})
+    checkpoint.keep_last(tmp_path, 5, 1)
+    loaded = checkpoint.load_newest(tmp_path, lambda text: None)
+    assert loaded is not None and loaded[1]["again"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, ConfigError), (errno.EIO, StorageError)])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    fill(tmp_path, 1, 2)
+
+    def fail(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    for load in (lambda: checkpoint.load_newest(tmp_path, pytest.fail), lambda: storage.load_state(tmp_path / "x.npz")):
+        with pytest.raises(kind, match=f"npz cannot be read: {os.strerror(number)}"):
+            load()
+
+
+def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from hyperprior import storage\n"
+        "for _ in range(300): storage.write_bytes(Path('x'), sys.argv[1].encode() * 200_000)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, text], cwd=tmp_path) for text in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        if (tmp_path / "x").exists():
+            data = (tmp_path / "x").read_bytes()
+            assert len(data) == 200_000 and len(set(data)) == 1
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_write_that_a_signal_interrupts_leaves_nothing(tmp_path: Path) -> None:
+    def write(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        storage.write_whole(tmp_path / "x", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_keeps_leading_to_its_file_and_a_device_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/file")
+    os.mkfifo(tmp_path / "device")
+    for _ in range(2):
+        storage.write_text(tmp_path / "link", "text")
+        with pytest.raises(ConfigError, match="device cannot be written: it is no regular file"):
+            storage.write_text(tmp_path / "device", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_text() == "text"
+    assert (tmp_path / "device").is_fifo()
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_may_be_unable_to_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
+) -> None:
+    sync = os.fsync
+
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    with pytest.raises(StorageError) if fails else contextlib.nullcontext():
+        storage.write_text(tmp_path / "x", "text")
+    assert (tmp_path / "x").read_text() == "text"
+
+
+def test_only_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    for name in (".step-000000001.npz.123.tmp", ".mine.tmp", "x.123.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    storage.remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "x.123.tmp"]
 
 
 @pytest.mark.parametrize(

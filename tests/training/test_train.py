@@ -326,6 +326,11 @@ def test_a_directory_that_is_no_run_is_not_changed(hyperprior: Command, tmp_path
     error = hyperprior("train", mine, *TINY, "train.steps=2", "--run", "mine", check=2).stderr
     assert "mine/config.yaml is not the config of a run, and would be replaced; choose another --run" in error
     assert list(mine.parent.iterdir()) == [mine] and mine.read_text().startswith("# tuned by hand")
+    other = mine.rename(mine.with_name("metrics.jsonl"))
+    words = [f"data.train=[{flat_tar}]", *TINY, "train.steps=2"]
+    error = hyperprior("train", "quickstart", *words, "--run", "mine", check=2).stderr
+    assert "mine is no run, but holds metrics.jsonl, which would be replaced; choose another --run" in error
+    assert list(mine.parent.iterdir()) == [other] and other.read_text().startswith("# tuned by hand")
 
 
 @pytest.mark.parametrize(
