@@ -17,6 +17,7 @@ import typer
 from hyperprior import __version__, stack
 from hyperprior.arguments import choose_existing, find_config, take_local_paths
 from hyperprior.errors import ConfigError, DataError, HyperpriorError
+from hyperprior.terminal import Terminal, exit_soon, show_controls
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -41,6 +42,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite files.")]
 Skip = Annotated[bool, typer.Option("--skip-existing", help="Leave out images whose file exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only warnings and errors.")]
+AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")]
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="Tars, directories, patterns or URLs.")]
 
 
@@ -92,7 +94,6 @@ def train(
     Example: `hyperprior train configs/quickstart.yaml train.steps=2000 --run runs/try`
     """
     from hyperprior.config import load_config
-    from hyperprior.terminal import Terminal
     from hyperprior.training import train_and_export
 
     stack.restart_with_allocator()
@@ -122,9 +123,7 @@ def sweep(
         bool, typer.Option("--warm-start", help="Start each run from the weights of the one before.")
     ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each on its own GPU if there are GPUs.")] = 1,
-    images: Annotated[
-        Optional[Path], typer.Option(help="Evaluate the models on these images, into OUT/results.")
-    ] = None,
+    images: Annotated[Optional[Path], typer.Option(help="Evaluate the models on these images, in OUT/results.")] = None,
     baselines: Annotated[str, typer.Option(help="Baselines of that evaluation, as in `hyperprior evaluate`.")] = "all",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -137,7 +136,6 @@ def sweep(
     """
     stack.restart_with_allocator()
     stack.start_tensorflow()
-    from hyperprior.terminal import Terminal
     from hyperprior.training import sweep as job
 
     if images:
@@ -180,7 +178,6 @@ def export(
     Example: `hyperprior export runs/a --out models/a`
     """
     stack.start_tensorflow()
-    from hyperprior.terminal import Terminal
     from hyperprior.training import export as job
 
     terminal = Terminal(as_json=as_json)
@@ -212,7 +209,6 @@ def compress(
     Examples: `hyperprior compress photo.jpg`, `hyperprior compress photos/ --model runs/a -o compressed/`
     """
     from hyperprior.codec import box, files
-    from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else images), as_json)
     existing = choose_existing(force, skip_existing)
@@ -241,7 +237,6 @@ def decompress(
     Example: `hyperprior decompress compressed/ -o decoded/`
     """
     from hyperprior.codec import files
-    from hyperprior.terminal import Terminal
 
     terminal = Terminal(quiet, "-" in ([out] if out else hyp), as_json)
     existing, suffix = choose_existing(force, skip_existing), "." + suffix.lower().lstrip(".")
@@ -256,7 +251,6 @@ def info(
 
     Example: `hyperprior info photo.hyp --model runs/a`
     """
-    from hyperprior.terminal import Terminal
     from hyperprior.training import info as job
 
     terminal, facts = Terminal(as_json=as_json), job.info(path, model)
@@ -277,7 +271,6 @@ def runs(
 
     Example: `hyperprior runs runs/`
     """
-    from hyperprior.terminal import Terminal
     from hyperprior.training import runs as job
 
     summaries = job.summarise_all(folders or [Path("runs")])
@@ -296,7 +289,6 @@ def compare(
 
     Example: `hyperprior compare runs/a runs/b`
     """
-    from hyperprior.terminal import Terminal
     from hyperprior.training import runs as job
 
     terminal, comparison = Terminal(as_json=as_json), job.compare(a, b)
@@ -308,9 +300,7 @@ def compare(
 def inspect(
     sources: Sources,
     patch_size: Annotated[int, typer.Option(help="Count images with a side below this.")] = 256,
-    allow_pipe: Annotated[
-        bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")
-    ] = False,
+    allow_pipe: AllowPipe = False,
     as_json: Json = False,
 ) -> None:
     """Describe sources: shards, images, sizes, formats, and everything unusable with the reason.
@@ -319,14 +309,13 @@ def inspect(
     """
     stack.start_tensorflow()
     from hyperprior.data import inspect as job
-    from hyperprior.terminal import Terminal
 
     terminal = Terminal(as_json=as_json)
     report = job.inspect(sources, patch_size, allow_pipe, terminal)
     terminal.say("\n".join(report.lines()))
     terminal.tell(report.to_dict())
     if report.damaged:
-        raise typer.Exit(3)
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command(name="pack")
@@ -334,18 +323,14 @@ def pack_command(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="Directory of the shards.")],
     images_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-    max_side: Annotated[
-        Optional[int], typer.Option(min=1, help="Scale larger images down to this longer side.")
-    ] = None,
+    max_side: Annotated[Optional[int], typer.Option(min=1, help="Scale larger images to this longer side.")] = None,
     min_side: Annotated[int, typer.Option(help="Leave out images with a side below this.")] = 1,
     encode: Annotated[
         Optional[str],
         typer.Option(help="jpeg or png: re-encode every image. Default: keep the bytes of images that are not scaled."),
     ] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of re-encoded JPEGs.")] = 95,
-    allow_pipe: Annotated[
-        bool, typer.Option("--allow-pipe", help="Allow `pipe:` sources, which run a shell command.")
-    ] = False,
+    allow_pipe: AllowPipe = False,
     as_json: Json = False,
 ) -> None:
     """Write WebDataset shards of equal size from images, tars or URLs. Start it again to continue.
@@ -354,7 +339,6 @@ def pack_command(
     """
     stack.start_tensorflow()
     from hyperprior.data import pack as job
-    from hyperprior.terminal import Terminal
 
     options = job.Options(images_per_shard, max_side, min_side, encode, quality)
     job.pack(sources, out, options, allow_pipe, Terminal(as_json=as_json))
@@ -395,7 +379,6 @@ def evaluate(
 
     Example: `hyperprior evaluate runs/a runs/b runs/c runs/d --images kodak/ --out results/`
     """
-    from hyperprior.terminal import Terminal
 
     if engine != "numpy" and stack.is_installed():
         stack.restart_with_allocator()
@@ -434,7 +417,6 @@ def bench(
     stack.start_tensorflow(settings.train.precision)
     from hyperprior import storage
     from hyperprior.machine import bench as job
-    from hyperprior.terminal import Terminal
 
     terminal = Terminal(as_json=as_json)
     figures = job.bench(settings, list(job.PARTS) if "all" in parts else parts, repeats, terminal)
@@ -445,9 +427,7 @@ def bench(
 
 @app.command()
 def doctor(
-    config: Annotated[
-        Optional[Path], typer.Argument(metavar="[CONFIG]", help="Also check its sources and needs.")
-    ] = None,
+    config: Annotated[Optional[Path], typer.Argument(metavar="[CONFIG]", help="Also check sources and needs.")] = None,
     overrides: Overrides = None,
     run: Annotated[Path, typer.Option(help="Directory of the runs.")] = Path("runs"),
     as_json: Json = False,
@@ -457,7 +437,6 @@ def doctor(
     Example: `hyperprior doctor configs/imagenet_mse.yaml`
     """
     from hyperprior.config import load_config
-    from hyperprior.terminal import Terminal
 
     settings = load_config(config, overrides or []) if config else None
     stack.start_tensorflow()
@@ -466,7 +445,7 @@ def doctor(
     terminal, findings = Terminal(as_json=as_json), job.examine(settings, run)
     for finding in findings:
         terminal.say(finding.line())
-    terminal.tell(job.to_dict(findings))
+    terminal.tell([finding._asdict() for finding in findings])
     if any(finding.is_fatal for finding in findings):
         raise typer.Exit(DataError.exit_code)
 
@@ -484,7 +463,7 @@ def config_command(
     from hyperprior import config as settings
 
     if schema:
-        print(json.dumps(settings.json_schema(), indent=2))
+        print(json.dumps(settings.Config.model_json_schema(), indent=2))
     else:
         print(settings.render(settings.load_config(config, overrides or [])), end="")
 
@@ -493,8 +472,6 @@ def end_on_signal(number: int, frame: Any) -> None:
     for other in (signal.SIGTERM, signal.SIGINT):  # a second one would interrupt what removes half-written files
         if signal.getsignal(other) is end_on_signal:
             signal.signal(other, signal.SIG_IGN)
-    from hyperprior.terminal import exit_soon
-
     exit_soon(128 + number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -517,8 +494,6 @@ def main() -> None:
     except (HyperpriorError, OSError) as error:
         if show_traceback:
             raise
-        from hyperprior.terminal import show_controls
-
         print(f"hyperprior: {show_controls(str(error))}", file=sys.stderr)
         if isinstance(error, HyperpriorError):
             sys.exit(error.exit_code)

@@ -86,8 +86,3 @@ class LostWorker(Stopped):
 
 class StorageError(Stopped):
     """A file could not be written, or not be read now. Files that were complete before are intact."""
-
-
-def find_error_type(name: str) -> type[HyperpriorError]:
-    """The error type of this name. Another worker sent the name."""
-    return globals()[name]

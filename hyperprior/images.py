@@ -26,7 +26,7 @@ from PIL import Image
 from hyperprior import stack
 
 TRAINING_FORMATS = ("PNG", "BMP", "TIFF", "JPEG")  # Pillow's names
-TRAINING_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"))
+TRAINING_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm")
 MAX_PIXELS = 178_956_970  # Pillow refuses larger images too, as decompression bombs
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits, not compressed
@@ -124,29 +124,25 @@ def decode_photo(data: bytes) -> tuple[np.ndarray, list[str]]:
 
     The image may have any format. It is turned upright by its EXIF tag: [H, W, 3] uint8.
     """
+    notes = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pixels, notes = _decode_photo(data)
+        image = open_image(data, formats=None)
+        if has_transparency(image):
+            notes.append("transparency is flattened onto white")
+        if image.mode == "CMYK":
+            notes.append("CMYK is converted without a colour profile")
+        elif image.info.get("icc_profile"):
+            notes.append("its colour profile is dropped")
+        if (depth := find_bits_per_channel(data, image)) > 8:
+            notes.append(f"{depth} bits are reduced to 8")
+        with contextlib.suppress(Exception):  # Pillow raises many types for broken later frames
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                notes.append(f"only the first of {frames} frames is kept")
+        pixels = to_rgb(image)
+        pixels = np.ascontiguousarray(turn_upright(pixels, read_orientation(image)))
     texts = (" ".join(str(warning.message).split()) for warning in caught)
     return pixels, notes + [f"Pillow warns: {text}" for text in dict.fromkeys(texts)]
-
-
-def _decode_photo(data: bytes) -> tuple[np.ndarray, list[str]]:
-    image = open_image(data, formats=None)
-    notes = []
-    if has_transparency(image):
-        notes.append("transparency is flattened onto white")
-    if image.mode == "CMYK":
-        notes.append("CMYK is converted without a colour profile")
-    elif image.info.get("icc_profile"):
-        notes.append("its colour profile is dropped")
-    if (depth := find_bits_per_channel(data, image)) > 8:
-        notes.append(f"{depth} bits are reduced to 8")
-    with contextlib.suppress(Exception):  # Pillow raises many types for broken later frames
-        if (frames := getattr(image, "n_frames", 1)) > 1:
-            notes.append(f"only the first of {frames} frames is kept")
-    pixels = to_rgb(image)
-    return np.ascontiguousarray(turn_upright(pixels, read_orientation(image))), notes
 
 
 def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINING_FORMATS) -> Image.Image:
@@ -310,7 +306,7 @@ def read_jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def read_jpeg_sizes(encoded: Encoded) -> list[tuple[int, int]]:
-    """(height, width) of each image from its frame header, whatever they are. Raises Unusable if one is corrupt."""
+    """(height, width) of each image from its frame header, unchecked. Raises Unusable if one is corrupt."""
     return [(height, width) for height, width, _ in _call_jpeg_operation("sizes", encoded)[0].tolist()]
 
 

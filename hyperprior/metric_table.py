@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Optional, Union
 
 TRAIN, VAL = "train", "val"
+BOTH = (TRAIN, VAL)
 
 
 class Metric(NamedTuple):
@@ -28,80 +29,42 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    # title, format in a line of text, decimal places in tables, tag, meaning, splits in which it is measured
     "loss": Metric(
-        "loss",
-        text="loss {:.4f}",
-        tag="1_learning/loss",
-        meaning="bpp + lambda · 255² · mse, or bpp + lambda · (1 − ms_ssim)",
-        measured=(TRAIN, VAL),
+        "loss", "loss {:.4f}", 4, "1_learning/loss", "bpp + lambda · 255² · mse, or bpp + lambda · (1 − ms_ssim)", BOTH
     ),
-    "bpp": Metric("bpp", text="bpp {:.4f}", tag="1_learning/bpp", meaning="bits per pixel, y and z together"),
-    "bpp_y": Metric("bpp of y", tag="5_details/bpp_y", meaning="bits per pixel of y", measured=(TRAIN, VAL)),
-    "bpp_z": Metric("bpp of z", tag="5_details/bpp_z", meaning="bits per pixel of z", measured=(TRAIN, VAL)),
+    "bpp": Metric("bpp", "bpp {:.4f}", 4, "1_learning/bpp", "bits per pixel, y and z together"),
+    "bpp_y": Metric("bpp of y", "", 4, "5_details/bpp_y", "bits per pixel of y", BOTH),
+    "bpp_z": Metric("bpp of z", "", 4, "5_details/bpp_z", "bits per pixel of z", BOTH),
     "distortion": Metric(
-        "distortion",
-        text="distortion {:.6f}",
-        digits=6,
-        tag="5_details/distortion",
-        meaning="mse on [0, 1] images, or 1 − ms_ssim",
-        measured=(TRAIN, VAL),
+        "distortion", "distortion {:.6f}", 6, "5_details/distortion", "mse on [0, 1] images, or 1 − ms_ssim", BOTH
     ),
-    "psnr_db": Metric(
-        "PSNR, dB",
-        text="PSNR {:.2f} dB",
-        digits=3,
-        tag="1_learning/psnr_db",
-        meaning="dB, mean over images",
-        measured=(TRAIN, VAL),
-    ),
+    "psnr_db": Metric("PSNR, dB", "PSNR {:.2f} dB", 3, "1_learning/psnr_db", "dB, mean over images", BOTH),
     "ms_ssim": Metric(
-        "MS-SSIM",
-        text="MS-SSIM {:.4f}",
-        digits=5,
-        tag="1_learning/ms_ssim",
-        meaning="in [0, 1], mean over images of at least 161 pixels a side",
-        measured=(VAL,),
+        "MS-SSIM", "MS-SSIM {:.4f}", 5, "1_learning/ms_ssim", "mean over images of at least 161 pixels a side", (VAL,)
     ),
-    "gradient_norm": Metric("gradient norm", tag="5_details/gradient_norm", meaning="global norm before clipping"),
-    "learning_rate": Metric("learning rate", tag="5_details/learning_rate"),
+    "gradient_norm": Metric("gradient norm", "", 4, "5_details/gradient_norm", "global norm before clipping"),
+    "learning_rate": Metric("learning rate", "", 4, "5_details/learning_rate"),
     "nonfinite": Metric(
-        "skipped steps",
-        digits=0,
-        tag="3_data/nonfinite",
-        meaning="steps skipped since the start because a gradient was not finite",
+        "skipped steps", "", 0, "3_data/nonfinite", "steps skipped since the start because a gradient was not finite"
     ),
     "images_per_s": Metric(
-        "images/s",
-        text="{:.1f} images/s",
-        digits=1,
-        tag="2_speed/images_per_s",
-        meaning="training patches per second, all workers",
+        "images/s", "{:.1f} images/s", 1, "2_speed/images_per_s", "training patches per second, all workers"
     ),
     "input_wait": Metric(
-        "input wait",
-        text="waiting {:.0%}",
-        tag="2_speed/input_wait",
-        meaning="share of the time that training waits for data",
+        "input wait", "waiting {:.0%}", 4, "2_speed/input_wait", "share of the time that training waits for data"
     ),
     "all_reduce": Metric(
-        "all-reduce",
-        tag="2_speed/all_reduce",
-        meaning="share of the time that this worker waits for the sum of gradients",
+        "all-reduce", "", 4, "2_speed/all_reduce", "share of the time that this worker waits for the sum of gradients"
     ),
     "skipped": Metric(
-        "skipped samples",
-        digits=0,
-        tag="3_data/skipped",
-        meaning="samples skipped since the start because they are unusable or too small",
+        "skipped samples", "", 0, "3_data/skipped", "samples skipped since the start: unusable, or too small"
     ),
     "lost_shards": Metric(
-        "lost shards",
-        digits=0,
-        tag="3_data/lost_shards",
-        meaning="shard visits since the start that ended early because the shard cannot be read",
+        "lost shards", "", 0, "3_data/lost_shards", "shard visits since the start that ended early, at damage"
     ),
-    "images": Metric("images", digits=0, meaning="number of images measured"),
-    "ms_ssim_images": Metric("images of MS-SSIM", digits=0, meaning="number of images in the mean of ms_ssim"),
+    "images": Metric("images", "", 0, "", "number of images measured"),
+    "ms_ssim_images": Metric("images of MS-SSIM", "", 0, "", "number of images in the mean of ms_ssim"),
     "psnr_db_of_mean_mse": Metric("PSNR of mean MSE", digits=3),
     "ms_ssim_db": Metric("MS-SSIM, dB", digits=3, meaning="-10 · log10(1 − MS-SSIM)"),
     "encode_seconds": Metric("encode, s", digits=3),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any, Optional
 
 from PIL import Image, ImageFile
@@ -21,12 +21,7 @@ from hyperprior.codec import box, container, files, load
 from hyperprior.errors import BitstreamError, ConfigError, DataError
 
 load_cached = functools.lru_cache(maxsize=8)(load)
-
-
-@functools.lru_cache
-def get_codec_finder() -> Callable[[bytes], Any]:
-    """f(file) → the codec that reads it."""
-    return files.make_codec_finder(None)
+find_codec = files.make_codec_finder(None)
 
 
 class UnreadableError(BitstreamError, OSError):
@@ -55,7 +50,7 @@ class HypImageFile(ImageFile.ImageFile):
     def load(self) -> Any:
         if self._data is not None:
             with as_os_error():
-                self.im = Image.fromarray(get_codec_finder()(self._data).decompress(self._data)).im
+                self.im = Image.fromarray(find_codec(self._data).decompress(self._data)).im
             self._data = None
             if self.fp is not None and self._exclusive_fp:  # as Pillow does after decoding
                 self.fp.close()

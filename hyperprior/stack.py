@@ -60,20 +60,18 @@ def start_tensorflow(precision: str = "float32") -> None:
                 is_onednn_on()  # its library reads the setting at the first call
     except Exception as error:  # a version for another NumPy or Python fails in many ways
         if not is_installed():
-            raise ConfigError(
-                f"this needs TensorFlow, which is not installed; {describe_working_versions()}"
-            ) from error
+            raise ConfigError(f"this needs TensorFlow, which is not installed; {describe_versions()}") from error
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"TensorFlow cannot be imported ({reason}); {describe_working_versions()}") from error
+        raise ConfigError(f"TensorFlow cannot be imported ({reason}); {describe_versions()}") from error
     finally:
         for name in added:  # child processes must not inherit them
             del os.environ[name]
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if not numbers or tuple(map(int, numbers.groups())) < OLDEST:
-        raise ConfigError(f"TensorFlow is {version}; {describe_working_versions()}")
+        raise ConfigError(f"TensorFlow is {version}; {describe_versions()}")
 
 
-def describe_working_versions() -> str:
+def describe_versions() -> str:
     oldest = ".".join(map(str, OLDEST))
     return f"{oldest} and newer versions work: `pip install 'tensorflow>={oldest}'`"
 

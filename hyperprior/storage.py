@@ -65,9 +65,7 @@ class TrainedWeights:
 # Whole files ----------------------------------------------------------------------------------------------
 
 
-def write_whole(
-    path: Path, write: Callable[[IO[bytes]], object], check: Optional[Callable[[Path], None]] = None
-) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], check: Optional[Callable[[Path], None]] = None) -> None:
     """Writes the whole file, or leaves `path` as it was. Raises ConfigError, StorageError.
 
     `check` reads the temporary file before it is renamed. It raises OSError or BadZipFile if the file is damaged.
@@ -175,7 +173,7 @@ def verify_zip(path: Path, most_bytes: Optional[int] = None) -> None:
 def load_arrays(path: Path, file_format: int | str, most_bytes: Optional[int] = None) -> tuple[Arrays, dict[str, Any]]:
     """(arrays, state) of a file that `save_arrays` wrote, with at most `most_bytes` in all.
 
-    Without `most_bytes` they take no more than the file itself, as those of checkpoints, which are not compressed.
+    Without `most_bytes` the limit is the size of the file: checkpoints are not compressed.
     Raises ValueError with the reason if the file is damaged or missing, ConfigError if it has another format or must
     not be read, and StorageError if it cannot be read now.
     """
@@ -297,9 +295,7 @@ def lock_directory(folder: Path) -> Iterator[None]:
             if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 raise BlockingIOError("the process that held the lock file removed it")
         except (BlockingIOError, FileNotFoundError) as error:
-            raise ConfigError(
-                f"another process is working in {folder}; wait for it or choose another directory"
-            ) from error
+            raise ConfigError(f"another process is working in {folder}; wait, or choose another directory") from error
         except OSError as error:
             raise ConfigError(f"{folder} cannot be locked: {error.strerror}; choose another directory") from error
         try:

@@ -53,7 +53,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[Callable[[str], None]]:
-        """Yields f(name). While nothing but a read of `name` goes on, a warning says so every LATE seconds."""
+        """Yields f(name). Call f before each read. Until its next call, a warning names the read every LATE seconds."""
         began, name, ended = time.monotonic(), "", threading.Event()
 
         def wait_for(what: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hyperprior import load
-from hyperprior.config import Config, differences, json_schema, load_config, render
+from hyperprior.config import Config, differences, load_config, render
 from hyperprior.config.writing import to_model_tree
 from hyperprior.errors import ConfigError, hide_secrets
 
@@ -238,7 +238,7 @@ def test_a_command_without_secrets_is_shown_whole(command: str) -> None:
 
 
 def test_the_json_schema_has_every_key() -> None:
-    tree = json_schema()
+    tree = Config.model_json_schema()
     assert set(tree["properties"]) == set(Config.model_fields)
     assert "lambda" in json.dumps(tree["$defs"]["Loss"]["properties"])
 

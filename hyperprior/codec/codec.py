@@ -17,26 +17,11 @@ from typing import Any
 import numpy as np
 
 from hyperprior import config, stack, storage
-from hyperprior.codec import box, container, exact, range_coder
+from hyperprior.codec import box, container, exact, range_coder, tiles
 from hyperprior.codec.numpy_engine import NumPyEngine
 from hyperprior.codec.symbols import Decoder, Encoder
 from hyperprior.codec.tables import INT16, Tables, apply_dead_zone
-from hyperprior.codec.tiles import (
-    G_A_MARGIN,
-    G_S_MARGIN,
-    H_A_MARGIN,
-    H_S_MARGIN,
-    SEARCH_MARGIN,
-    TILE,
-    Y_PIXELS,
-    Z_ELEMENTS,
-    Span,
-    blocks,
-    cut_pixels,
-    group_by_size,
-    strips,
-    tiles,
-)
+from hyperprior.codec.tiles import TILE, Y_PIXELS, Z_ELEMENTS, Span, blocks, strips
 from hyperprior.config import DOWNSAMPLING
 from hyperprior.errors import BitstreamError, ConfigError, DataError
 from hyperprior.model import architecture, densities
@@ -72,8 +57,8 @@ class Codec:
         self.layers = [(weights.pop(f"h_s/{i}/kernel"), weights.pop(f"h_s/{i}/bias")) for i in range(number_of_layers)]
         exact.check_bounds(self.layers, model)
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
-        self.coder = range_coder.Coder(self.tables.lookup)
-        self.tables.check(self.coder.counts, model.num_scales + model.hyper_channels)
+        self.counts = range_coder.Counts(self.tables.lookup)
+        self.tables.check(self.counts, model.num_scales + model.hyper_channels)
         self.z_offsets = weights.pop("z_offsets")
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
@@ -87,17 +72,17 @@ class Codec:
 
     @functools.cached_property
     def dead_zone(self) -> np.ndarray:
-        return self.tables.dead_zone(self.coder.counts, self.config.model.num_scales)
+        return self.tables.dead_zone(self.counts, self.config.model.num_scales)
 
     @functools.cached_property
     def error_weight(self) -> float:
-        """What a squared error of 1 in one value of x̂ costs the search, in bits. 0: it leaves ŷ as it is."""
+        """The cost in bits of a squared error of 1 in one value of x̂. If it is 0, the search leaves ŷ as it is."""
         loss = self.config.loss
         return lagrangian(0.0, 1.0 / 3.0, loss.lmbda, "mse") if loss.metric == "mse" else 0.0  # MSE averages channels
 
     @functools.cached_property
     def numpy_engine(self) -> NumPyEngine:
-        return NumPyEngine(self.weights, self.layers, self.z_offsets, self.coder, self.config.model)
+        return NumPyEngine(self.weights, self.layers, self.z_offsets, self.counts, self.config.model)
 
     @functools.cached_property
     def tensorflow_engine(self) -> Any:
@@ -106,13 +91,13 @@ class Codec:
         from hyperprior.codec.tensorflow_engine import TensorFlowEngine
 
         weights = self.trained_weights().arrays
-        return TensorFlowEngine(weights, self.layers, self.z_offsets, self.coder, self.config.model)
+        return TensorFlowEngine(weights, self.layers, self.z_offsets, self.counts, self.config.model)
 
     def choose_engine(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Counts the pixels of images of (height, width), and changes to TensorFlow if it will save time.
 
-        Changes to NumPy in a process that was forked from one with TensorFlow, where TensorFlow could wait for threads
-        that it does not have. Raises ConfigError if TensorFlow was asked for.
+        Changes to NumPy in a process that was forked from one with TensorFlow, which would wait for threads that a fork
+        does not copy. Raises ConfigError if TensorFlow was asked for.
         """
         self.pixels += sum(height * width for height, width in sizes)
         if stack.is_forked and self.process != os.getpid():
@@ -153,7 +138,7 @@ class Codec:
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         self.choose_engine(sizes)
         search_y = effort > 0 and self.error_weight > 0.0
-        for group in group_by_size(sizes):
+        for group in tiles.group_by_size(sizes):
             y, z = self.latents_of([images[i] for i in group], dead_zone=not search_y)
             if effort:
                 for place, i in enumerate(group):
@@ -173,7 +158,7 @@ class Codec:
         images: list[np.ndarray] = [np.empty(0)] * len(files)
         sizes = [(stream.height, stream.width) for stream in streams]
         self.choose_engine(sizes)
-        for group in group_by_size(sizes):
+        for group in tiles.group_by_size(sizes):
             y, _ = self.decode([streams[i] for i in group])
             for i, image in zip(group, self.pixels_of(y, [sizes[i] for i in group])):
                 images[i] = image
@@ -208,7 +193,7 @@ class Codec:
         z_hat = z.reshape(-1, z.shape[-1]) + exact.offset_values(self.z_offsets)
         total = densities.bits_of_z(prior, z_hat)
         model = self.config.model
-        for rows in strips(z.shape, H_S_MARGIN):
+        for rows in strips(z.shape, tiles.H_S_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
             total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], exact.scales(sums, model), model.density)
         return total
@@ -224,17 +209,17 @@ class Codec:
         model = self.config.model
         y_shape = (len(images), rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, model.latent_channels)
         y = np.empty(y_shape, np.float32)
-        for rows, columns in tiles(y.shape, TILE, G_A_MARGIN):
-            tile = self.engine.analyse(np.stack([cut_pixels(image, rows, columns) for image in images]))
+        for rows, columns in tiles.tiles(y.shape, TILE, tiles.G_A_MARGIN):
+            tile = self.engine.analyse(np.stack([tiles.cut_pixels(image, rows, columns) for image in images]))
             y[:, rows.target(), columns.target()] = tile[:, rows.inside(), columns.inside()]
         if not np.isfinite(y).all():
             raise DataError("the model's transforms give values that are not finite for this image")
         z = np.empty((len(images), rows_of_z, columns_of_z, model.hyper_channels), np.int32)
-        for rows in strips(z.shape, H_A_MARGIN):
+        for rows in strips(z.shape, tiles.H_A_MARGIN):
             strip = self.engine.hyper_analyse(y[:, rows.source(Z_ELEMENTS)])
             z[:, rows.target()] = strip[:, rows.inside()]
         if dead_zone:
-            for rows in strips(z.shape, H_S_MARGIN):
+            for rows in strips(z.shape, tiles.H_S_MARGIN):
                 apply_dead_zone(y[:, rows.target(Z_ELEMENTS)], self.indexes(z, rows), self.dead_zone)
         np.rint(y, out=y)
         return np.clip(y, INT16.min, INT16.max, out=y), z
@@ -244,10 +229,10 @@ class Codec:
 
         For a model trained for MS-SSIM, only `z` changes, so the decoded image stays the same.
         """
-        for rows, columns in tiles(z.shape, TILE // Z_ELEMENTS, SEARCH_MARGIN):
+        for rows, columns in tiles.tiles(z.shape, TILE // Z_ELEMENTS, tiles.SEARCH_MARGIN):
             place = (slice(None), rows.source(), columns.source())
             y_place = (slice(None), rows.source(Z_ELEMENTS), columns.source(Z_ELEMENTS))
-            x = cut_pixels(image, rows.scaled(Z_ELEMENTS), columns.scaled(Z_ELEMENTS))
+            x = tiles.cut_pixels(image, rows.scaled(Z_ELEMENTS), columns.scaled(Z_ELEMENTS))
             is_image = np.zeros((1, *x.shape[:2], 1), np.float32)  # the rest is padding
             height, width = image.shape[0] - rows.begin * DOWNSAMPLING, image.shape[1] - columns.begin * DOWNSAMPLING
             is_image[:, :height, :width] = 1.0
@@ -265,20 +250,20 @@ class Codec:
 
     def encode(self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[container.Stream]:
         """The streams of latents; `sizes`: (height, width) of each image."""
-        encoder = Encoder(self.engine.coder.encoder(len(sizes)), self.tables, sizes)
+        encoder = Encoder(self.engine.encoder(len(sizes)), self.tables, sizes)
         encoder.put(z, np.broadcast_to(self.z_index, z.shape))
-        for rows in strips(z.shape, H_S_MARGIN):
+        for rows in strips(z.shape, tiles.H_S_MARGIN):
             encoder.put(y[:, rows.target(Z_ELEMENTS)], self.indexes(z, rows))
         return encoder.finish(bytes.fromhex(self.fingerprint))
 
     def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
         """ŷ [B, h, w, M] int16 and the integers of ẑ of streams with one padded size. Raises BitstreamError."""
-        decoder = Decoder(self.engine.coder.decoder([stream.coded for stream in streams]), self.tables, streams)
+        decoder = Decoder(self.engine.decoder([stream.coded for stream in streams]), self.tables, streams)
         count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
         z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
         y_shape = (count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, self.config.model.latent_channels)
         y = np.empty(y_shape, np.int16)
-        for rows in strips(z.shape, H_S_MARGIN):
+        for rows in strips(z.shape, tiles.H_S_MARGIN):
             y[:, rows.target(Z_ELEMENTS)] = decoder.take(self.indexes(z, rows))
         decoder.finish()
         return y, z
@@ -286,7 +271,7 @@ class Codec:
     def pixels_of(self, y: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The images of ŷ [B, h, w, M], each cropped to its (height, width)."""
         images = [np.empty((height, width, 3), np.uint8) for height, width in sizes]
-        for rows, columns in tiles(y.shape, TILE, G_S_MARGIN):
+        for rows, columns in tiles.tiles(y.shape, TILE, tiles.G_S_MARGIN):
             tile = self.engine.synthesise(y[:, rows.source(), columns.source()].astype(np.float32))
             for image, pixels in zip(images, tile[:, rows.inside(Y_PIXELS), columns.inside(Y_PIXELS)]):
                 place = image[rows.target(Y_PIXELS), columns.target(Y_PIXELS)]

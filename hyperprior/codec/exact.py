@@ -2,7 +2,7 @@
 
 If the scale index of one symbol differs by one in the decoder, all later symbols are garbage, and float convolutions
 round differently on different machines. So here every number is an integer in float64: weights are multiples of 2⁻¹⁶,
-activations are multiples of 2⁻¹² clamped to ±4096, and `check_bound` proves that no partial sum can reach 2⁵³. Below
+activations are multiples of 2⁻¹² clamped to ±4096, and `check_bounds` proves that no partial sum can reach 2⁵³. Below
 2⁵³ every sum is exact in any order. Clamping, scaling by powers of two and rounding are exact by IEEE 754.
 
 `layers` is a list of (kernel, bias): int32 [k, k, …] in units of 2⁻¹⁶ and int64 [out] in units of 2⁻²⁸. The

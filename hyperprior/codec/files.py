@@ -60,9 +60,8 @@ def plan(
     """
     try:
         names = list_sources(sources, suffixes)
-        jobs = [
-            Job(source, target) for (source, _), target in zip(names, choose_targets(names, sources, out, new_suffix))
-        ]
+        targets = choose_targets(names, sources, out, new_suffix)
+        jobs = [Job(source, target) for (source, _), target in zip(names, targets)]
         return list(select_jobs(jobs, existing))
     except OSError as error:  # a name that is too long, a directory without permission
         raise ConfigError(f"{error.filename}: {error.strerror}") from error
@@ -239,9 +238,7 @@ def decompress(
 
     for job in jobs:
         if formats.get(suffix_of(job)) not in Image.SAVE:
-            raise ConfigError(
-                f"{job.target}: Pillow writes no `{suffix_of(job)}`; .png, .jpg, .webp and .tif are common"
-            )
+            raise ConfigError(f"{job.target}: Pillow writes no `{suffix_of(job)}`; try .png, .jpg, .webp or .tif")
     find_codec = make_codec_finder(model, engine)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:

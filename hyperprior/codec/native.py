@@ -53,19 +53,6 @@ def load_operations() -> Operations:
     return Operations(module, report)
 
 
-class Coder:
-    """`range_coder.Coder` by the C++ operations."""
-
-    def __init__(self, operations: Any, lookup: np.ndarray):
-        self.operations, self.lookup = operations, lookup
-
-    def encoder(self, batch: int) -> Encoder:
-        return Encoder(self.operations, self.lookup, batch)
-
-    def decoder(self, strings: Sequence[bytes]) -> Decoder:
-        return Decoder(self.operations, self.lookup, strings)
-
-
 class Encoder:
     """`range_coder.Encoder` by the C++ operations."""
 

@@ -28,12 +28,13 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 
 class NumPyEngine:
-    """The interface of `tensorflow_engine.TensorFlowEngine`, without the search."""
+    """The transforms of a model, and its range coder: `encoder(batch)`, `decoder(strings)`."""
 
     def __init__(
-        self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, coder: range_coder.Coder, settings: Model
+        self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, counts: range_coder.Counts, settings: Model
     ):
-        self.coder = coder
+        self.encoder = functools.partial(range_coder.Encoder, counts)
+        self.decoder = functools.partial(range_coder.Decoder, counts)
         self.z_offsets, self.offsets = z_offsets, exact.offset_values(z_offsets)
         self.g_a, self.g_s, self.h_a = (make_transform(name, weights, settings) for name in ("g_a", "g_s", "h_a"))
         steps = []  # in float64, which holds these integers and all their sums exactly

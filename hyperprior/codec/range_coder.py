@@ -49,19 +49,6 @@ class Counts:
         self.first = np.array(first)
 
 
-class Coder:
-    """Encoders and decoders with the same tables."""
-
-    def __init__(self, lookup: np.ndarray):
-        self.counts = Counts(lookup)
-
-    def encoder(self, batch: int) -> Encoder:
-        return Encoder(self.counts, batch)
-
-    def decoder(self, strings: Sequence[bytes]) -> Decoder:
-        return Decoder(self.counts, strings)
-
-
 class Encoder:
     """Encodes symbols of a batch, each into a string of its own."""
 

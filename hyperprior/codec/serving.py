@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -75,18 +75,18 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
 
 
 def decompress_in_graph(codec: Codec, operations: Any, file: tf.Tensor) -> tf.Tensor:
-    stream = read(file, codec.fingerprint)
-    rows, columns = (-(-side // DOWNSAMPLING) for side in (stream.height, stream.width))
-    handle = operations.create_range_decoder([stream.coded], codec.tables.lookup)
+    height, width, coded, escapes, stored_checksum = read(file, codec.fingerprint)
+    rows, columns = (-(-side // DOWNSAMPLING) for side in (height, width))
+    handle = operations.create_range_decoder([coded], codec.tables.lookup)
     z_index = tf.broadcast_to(codec.z_index, (1, rows, columns, len(codec.z_index)))
     handle, z, z_escaped = decode(operations, handle, codec.tables, z_index)
     num_z_escapes = tf.math.count_nonzero(z_escaped, dtype=tf.int32)
-    z = fill_escapes(z, z_escaped, stream.escapes[:num_z_escapes])
+    z = fill_escapes(z, z_escaped, escapes[:num_z_escapes])
     handle, y, y_escaped = decode(operations, handle, codec.tables, indexes(codec, z))
-    y = fill_escapes(y, y_escaped, stream.escapes[num_z_escapes:])
-    decoded = checksum(stream.height, stream.width, z, y)
-    tf.debugging.Assert(decoded == stream.checksum, ["decodes to other symbols than were encoded"])
-    return codec.tensorflow_engine.synthesise_in_graph(tf.cast(y, tf.float32))[0, : stream.height, : stream.width]
+    y = fill_escapes(y, y_escaped, escapes[num_z_escapes:])
+    is_same = checksum(height, width, z, y) == stored_checksum
+    tf.debugging.Assert(is_same, ["decodes to other symbols than were encoded"])
+    return codec.tensorflow_engine.synthesise_in_graph(tf.cast(y, tf.float32))[0, :height, :width]
 
 
 def indexes(codec: Codec, z: tf.Tensor) -> tf.Tensor:
@@ -105,26 +105,17 @@ def encode(
     return operations.entropy_encode_index(handle, index, tf.where(is_outside, escape, symbols)), is_outside
 
 
-def decode(
-    operations: Any, handle: tf.Tensor, tables: Tables, index: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def decode(operations: Any, handle: tf.Tensor, tables: Tables, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """`symbols.Decoder.take` in a graph: (range decoders, values [B, …] int32, where an escape replaces a value)."""
     handle, symbols = operations.entropy_decode_index(handle, index, tf.shape(index)[1:], tf.int32)
     return handle, symbols + tf.gather(tables.first, index), symbols >= tf.gather(tables.escape, index)
 
 
-class StreamTensors(NamedTuple):
-    """`container.Stream` as tensors: int32 sides and escapes [E], `coded` a string, `checksum` int64."""
+def read(file: tf.Tensor, fingerprint: str) -> tuple[tf.Tensor, ...]:
+    """`container.read` in a graph: int32 height and width, the coded string, int32 escapes [E], int64 checksum.
 
-    height: tf.Tensor
-    width: tf.Tensor
-    coded: tf.Tensor
-    escapes: tf.Tensor
-    checksum: tf.Tensor
-
-
-def read(file: tf.Tensor, fingerprint: str) -> StreamTensors:
-    """`container.read` in a graph. Every check passes before any part of the result is computed."""
+    Every check passes before any part of the result is computed.
+    """
     size = tf.strings.length(file)
     checks = [tf.debugging.Assert(size >= container.OVERHEAD, ["cut off", size])]
     data = tf.io.decode_raw(file, tf.uint8)
@@ -144,7 +135,7 @@ def read(file: tf.Tensor, fingerprint: str) -> StreamTensors:
         data, file, height, width = map(tf.identity, (data, file, height, width))
     end = container.HEADER.size + length
     escapes = from_bytes(data[end : end + 2 * count], 2)
-    return StreamTensors(
+    return (
         tf.cast(height, tf.int32),
         tf.cast(width, tf.int32),
         tf.strings.substr(file, container.HEADER.size, tf.cast(length, tf.int32)),

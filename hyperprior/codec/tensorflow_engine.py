@@ -17,17 +17,19 @@ from hyperprior.storage import Arrays
 
 
 class TensorFlowEngine:
-    """`weights`: by the model's names; those of h_s serve the search. `layers`: h_s as integers, see `exact`;
-    `z_offsets`: the quantisation offsets of z, see `exact.offsets`. All functions take and return NumPy arrays, except
-    those `in_graph`. `coder`: the range coder in Python; the one in C++ is used instead where it
-    can be loaded.
+    """The interface of `numpy_engine.NumPyEngine`, and the search. Functions `in_graph` take and return tensors.
+
+    `weights`: by the model's names; those of h_s serve the search. `layers`: h_s as integers, see `exact`; `z_offsets`:
+    see `exact.offsets`; `counts`: for the range coder in Python, if the one in C++ cannot be loaded.
     """
 
     def __init__(
-        self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, coder: range_coder.Coder, settings: Model
+        self, weights: Arrays, layers: exact.Layers, z_offsets: np.ndarray, counts: range_coder.Counts, settings: Model
     ):
         operations = native.load_operations().module
-        self.coder: Any = native.Coder(operations, coder.counts.lookup) if operations else coder
+        coder: Any = native if operations else range_coder
+        tables = (operations, counts.lookup) if operations else (counts,)
+        self.encoder, self.decoder = (functools.partial(kind, *tables) for kind in (coder.Encoder, coder.Decoder))
         self.layers, self.z_offsets = layers, z_offsets
         self.model = ScaleHyperprior(settings)
         storage.assign_arrays(self.model.named_variables(), weights, "the model")
@@ -46,16 +48,13 @@ class TensorFlowEngine:
         self.search = make_graph(self._search, signature)
 
     def analyse_in_graph(self, x: tf.Tensor) -> tf.Tensor:
-        """[B, H, W, 3] uint8, sides multiples of 16 → y [B, H/16, W/16, M] float32."""
         return self.model.g_a(tf.cast(x, tf.float32) / 255.0)
 
     def hyper_analyse_in_graph(self, y: tf.Tensor) -> tf.Tensor:
-        """y → the integers of ẑ: [B, h/4, w/4, C] int32, within int16."""
         z = self.model.h_a(tf.abs(y))
         return round_to_int16(z - exact.offset_values(self.z_offsets))
 
     def index_sums_in_graph(self, z: tf.Tensor) -> tf.Tensor:
-        """The integers of ẑ → [B, 4h, 4w, M] float64: the scale index in units of 2⁻²⁸, not yet rounded."""
         # Always on the CPU: the libraries of a GPU may transform a convolution, which adds roundings.
         with tf.device("cpu:0"):
             x = tf.cast(z, tf.float64) * 2.0**exact.ACTIVATION_BITS + self.z_offsets.astype(np.float64)
@@ -70,7 +69,6 @@ class TensorFlowEngine:
             return tf.nn.conv2d(x, last_kernel.astype(np.float64), 1, "SAME") + last_bias.astype(np.float64)
 
     def synthesise_in_graph(self, y: tf.Tensor) -> tf.Tensor:
-        """ŷ [B, h, w, M] float32 → pixels [B, 16h, 16w, 3] uint8."""
         x = tf.clip_by_value(self.model.g_s(y), 0.0, 1.0)
         return tf.cast(tf.round(x * 255.0), tf.uint8)
 

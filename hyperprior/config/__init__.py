@@ -22,15 +22,7 @@ from hyperprior.config.schema import (
     Summaries,
     Train,
 )
-from hyperprior.config.writing import (
-    Difference,
-    differences,
-    flatten,
-    json_schema,
-    render,
-    to_model_tree,
-    without_secrets,
-)
+from hyperprior.config.writing import Difference, differences, flatten, render, to_model_tree, without_secrets
 
 __all__ = [
     "DOWNSAMPLING",
@@ -46,7 +38,6 @@ __all__ = [
     "Train",
     "differences",
     "flatten",
-    "json_schema",
     "load_config",
     "render",
     "to_model_tree",

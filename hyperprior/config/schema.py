@@ -32,6 +32,7 @@ def parse_interval(value: Any) -> Any:
 
 
 Interval = Annotated[Union[int, str], BeforeValidator(parse_interval)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Sources = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
@@ -66,17 +67,12 @@ class Data(Section):
         "extensions of the images to take, as in WebDataset: `jpg` takes 0000.jpg and leaves its mask 0000.seg.png "
         "(default: all images)",
     )
-    val_split: Optional[float] = field(
+    val_split: Optional[Share] = field(
         None,
         "share of train held out for validation, by hash of the key (default: 0.1 if val and test are empty, else 0)",
-        ge=0,
-        lt=1,
     )
-    test_split: Optional[float] = field(
-        None,
-        "share of train held out for testing, by hash of the key (default: 0.1 if val and test are empty, else 0)",
-        ge=0,
-        lt=1,
+    test_split: Optional[Share] = field(
+        None, "share of train held out for testing, by hash of the key (default: 0.1 if val and test are empty, else 0)"
     )
     max_images: Optional[int] = field(
         None, "use at most this many images of train; a hash of the key chooses them before the split", ge=1
@@ -104,16 +100,10 @@ class Data(Section):
     )
     shuffle_buffer: int = field(256, "samples in the shuffle buffer of a shard; 1: keep the order of the tar", ge=1)
     max_bad_fraction: float = field(
-        0.01,
-        "stop when more than this share of samples is unusable (of at least 1,000 samples)",
-        may_change=True,
-        ge=0,
-        le=1,
+        0.01, "stop when more than this share of at least 1,000 samples is unusable", may_change=True, ge=0, le=1
     )
     allow_pipe: bool = field(False, "allow `pipe:` sources, which run a shell command", may_change=True)
-    decode_threads: Optional[int] = field(
-        None, "threads that decode images (default: one per core)", may_change=True, ge=1
-    )
+    decode_threads: Optional[int] = field(None, "decoding threads (default: one per core)", may_change=True, ge=1)
 
     @model_validator(mode="after")
     def check(self) -> Data:
@@ -160,13 +150,7 @@ class Model(Section):
 class Loss(Section):
     """loss = bpp + lambda · 255² · mse, or bpp + lambda · (1 − ms_ssim); images in [0, 1]."""
 
-    lmbda: float = Field(
-        0.013,
-        alias="lambda",
-        gt=0,
-        json_schema_extra={"may_change": False},
-        description="weight of the distortion; larger: more bits, better images",
-    )
+    lmbda: float = field(0.013, "weight of the distortion; larger: more bits, better images", alias="lambda", gt=0)
     metric: Literal["mse", "ms-ssim"] = field("mse", "the distortion")
 
 
@@ -186,8 +170,8 @@ class Train(Section):
     )
     proxy: Literal["noise", "rounded"] = field(
         "noise",
-        "what replaces quantisation in training: uniform noise, or y as the encoder rounds it, with a straight-through "
-        "gradient in g_s, and one by noise in the rate",
+        "what replaces quantisation in training: uniform noise, or y as the encoder rounds it; the gradient passes "
+        "this rounding unchanged in g_s, and is that of noise in the rate",
     )
     learning_rate: float = field(1e-4, "Adam's peak learning rate", may_change=True, gt=0)
     schedule: Literal["constant", "cosine", "steps", "plateau"] = field(
@@ -249,17 +233,10 @@ class Distribute(Section):
     """The devices that train. For several machines set TF_CONFIG on each, as TensorFlow documents."""
 
     cpu_devices: Optional[int] = field(
-        None,
-        "each worker trains on this many logical CPU devices instead of its GPUs (to try distribution)",
-        may_change=True,
-        ge=1,
+        None, "logical CPU devices of each worker, in place of its GPUs (to try distribution)", may_change=True, ge=1
     )
     intra_op_threads: Optional[int] = field(
-        None,
-        "threads inside an operation (default: TF_NUM_INTRAOP_THREADS, or all cores)",
-        may_change=True,
-        ge=1,
-        le=1024,
+        None, "threads of an operation (default: TF_NUM_INTRAOP_THREADS or all cores)", may_change=True, ge=1, le=1024
     )
     deterministic: bool = field(True, "on GPUs: deterministic kernels, so that a resume is exact", may_change=True)
     start_timeout: int = field(300, "seconds that workers wait for each other at the start", may_change=True, ge=1)
@@ -290,7 +267,7 @@ class Config(Section):
     seed: int = field(0, "the seed of everything random", ge=0, lt=2**31)
     data: Data = Data()
     model: Model = Model()
-    loss: Loss = Loss.model_validate({})
+    loss: Loss = Loss()
     train: Train = Train()
     distribute: Distribute = Distribute()
     summaries: Summaries = Summaries()

@@ -1,4 +1,4 @@
-"""From a Config to YAML with comments, to a JSON schema, and to the differences between two configs."""
+"""From a Config to YAML with comments, and to the differences between two configs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,6 @@ def render(config: Config) -> str:
         for key, key_info in list_fields(section):
             add_line("  ", key, tree[name][key], key_info)
     return "\n".join(lines) + "\n"
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of the YAML, for editors."""
-    return Config.model_json_schema(by_alias=True)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -43,13 +43,6 @@ class Packed(NamedTuple):
     data: bytes
 
 
-class LeftOut(NamedTuple):
-    """A sample that is not written into a shard, and the reason."""
-
-    name: str
-    reason: str
-
-
 def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, terminal: Terminal) -> list[Path]:
     """Writes `shards-000000.tar`, ... of `images_per_shard` samples below `out`, and returns their paths.
 
@@ -87,9 +80,8 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
     if several := sum(number > 1 for number in Counter(map(group_of, names)).values()):
         terminal.say(f"{several:,} keys have several images; WebDataset's readers see those of one key as one sample")
     terminal.tell({"shards": [str(path) for path in paths], "images": count, "left_out": left_out})
-    terminal.say(
-        f"{count:,} images in {len(paths):,} shards below {out}" + (f", {left_out:,} left out" if left_out else "")
-    )
+    rest = f", {left_out:,} left out" if left_out else ""
+    terminal.say(f"{count:,} images in {len(paths):,} shards below {out}{rest}")
     return paths
 
 
@@ -104,9 +96,7 @@ def check_out(sources: Sequence[str], out: Path) -> None:
                 folders = {Path(os.path.realpath(folder)) for folder, _ in images.walk(path)}
                 is_inside = not folders.isdisjoint((real, *real.parents))
             if is_inside:
-                raise ConfigError(
-                    f"--out {out} is a part of the source {source}, or holds it; choose another directory"
-                )
+                raise ConfigError(f"--out {out} is a part of the source {source}, or holds it; choose another folder")
 
 
 def identify(sample: Sample) -> tuple[str, str, int]:
@@ -146,13 +136,13 @@ def write_shards(
             named = [(next(samples), name) for name in group]
             path = out / f"shards-{first // options.images_per_shard:06d}.tar"
             if not path.exists():
-                results: list[Union[Packed, LeftOut]] = []
+                results: list[Union[Packed, str]] = []
                 for result in stream.map_ahead(pool, lambda pair: prepare_sample(*pair, options), iter(named)):
                     wait_for(f"the image after {len(results)} of {path.name}")
                     results.append(result)
                 for result in results:
-                    if isinstance(result, LeftOut):
-                        terminal.warn(f"left out {result.name}: {result.reason}")
+                    if isinstance(result, str):
+                        terminal.warn(f"left out {result}")
                 write_shard(path, [result for result in results if isinstance(result, Packed)])
             if path.exists():
                 paths.append(path)
@@ -200,16 +190,16 @@ def make_unique(name: str, separator: str, taken: set[str]) -> str:
     return unique
 
 
-def prepare_sample(sample: Sample, key: str, options: Options) -> Union[Packed, LeftOut]:
-    """The sample as it is packed, or the reason to leave it out."""
+def prepare_sample(sample: Sample, key: str, options: Options) -> Union[Packed, str]:
+    """The sample as it is packed, or its name and the reason to leave it out."""
     try:
         data = stream.read_sample(sample)
         image = images.decode(data)
     except images.Unusable as error:
-        return LeftOut(sample.name, str(error))
+        return f"{sample.name}: {error}"
     height, width = image.shape[:2]
     if min(height, width) < options.min_side:
-        return LeftOut(sample.name, f"{width}x{height} has a side below {options.min_side}")
+        return f"{sample.name}: {width}x{height} has a side below {options.min_side}"
     scale = min(1.0, (options.max_side or max(height, width)) / max(height, width))
     kind = "jpeg" if images.is_jpeg(data) else (images.open_image(data).format or "png").lower()
     if scale == 1.0 and options.encode in (None, kind):
@@ -222,5 +212,5 @@ def prepare_sample(sample: Sample, key: str, options: Options) -> Union[Packed, 
     try:
         Image.fromarray(image).save(file, "JPEG" if is_jpeg else "PNG", **settings)
     except Exception as error:  # Pillow raises many types if a format cannot hold an image
-        return LeftOut(sample.name, f"{image.shape[1]}x{image.shape[0]} cannot be written: {error}")
+        return f"{sample.name}: {image.shape[1]}x{image.shape[0]} cannot be written: {error}"
     return Packed(key, "jpg" if is_jpeg else "png", file.getvalue())

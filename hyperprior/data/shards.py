@@ -82,7 +82,8 @@ class Shard:
     extensions: tuple[str, ...] = ()  # of the images to take; all if empty
 
     def takes(self, name: str) -> bool:
-        return not self.extensions or extension_of(name) in self.extensions
+        # The extension is all that follows the first dot of the file's name, such as `jpg` or `seg.png`.
+        return not self.extensions or PurePosixPath(name).name.lower().partition(".")[2] in self.extensions
 
     def samples(self) -> Iterator[Sample]:
         """The images in the order of the tar or listing.
@@ -115,11 +116,6 @@ def make_key(name: str) -> str:
     return name.removeprefix("./").rpartition(".")[0]
 
 
-def extension_of(name: str) -> str:
-    """What follows the first dot of a member's file name, in small letters: `jpg`, or `seg.png`."""
-    return PurePosixPath(name).name.lower().partition(".")[2]
-
-
 # From sources to shards -----------------------------------------------------------------------------------
 
 
@@ -142,9 +138,7 @@ def open_sources(
         for location in expand_braces(source):
             source_shards += open_location(location, key, allow_pipe, {} if ignored is None else ignored)
         if not source_shards:
-            raise DataError(
-                f"{key}: {hide_secrets(source)} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))}) and no tar"
-            )
+            raise DataError(f"{key}: {hide_secrets(source)} holds no image ({', '.join(TRAINING_SUFFIXES)}) and no tar")
         shards += source_shards
     extensions = tuple(extension.lower().lstrip(".") for extension in extensions)
     return [replace(shard, extensions=extensions) for shard in shards]
@@ -201,7 +195,7 @@ def open_location(location: str, key: str, allow_pipe: bool, ignored: Ignored) -
         raise make_compressed_error(key, path)
     raise ConfigError(
         f"{key}: {location} is not a tar, image or directory; allowed are *.tar, directories, "
-        f"images ({', '.join(sorted(TRAINING_SUFFIXES))}) and URLs"
+        f"images ({', '.join(TRAINING_SUFFIXES)}) and URLs"
     )
 
 
@@ -254,7 +248,7 @@ def open_tar(path: str, size: int) -> list[Shard]:
         return [whole]
     shards = []
     members = tars.list_members(path, 0, size, path)
-    for name, offset, length, problem in members:
+    for name, offset, length, problem, _ in members:
         if tars.is_compressed_tar(name):
             raise make_compressed_error(path, f"its member {name}")
         if is_tar(name):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,17 +42,15 @@ class Splits:
     test_name: str  # "test", or "val" if there are no test images
     ignored: Counter[str] = field(default_factory=Counter)  # files in directories, by extension
 
-    def fingerprint(self) -> str:
-        """Identifies the data, whatever its folder, by the names, sizes and parts of shards and by the counted keys."""
-        return self._hash(lambda keep: tuple(keep), as_in_0_1=False)
+    def fingerprint(self, *, as_in_0_1: bool = False) -> str:
+        """Identifies the data, whatever its folder, by the names, sizes and parts of shards and by the counted keys.
 
-    def fingerprint_of_0_1(self) -> str:
-        """The fingerprint that version 0.1.0 wrote into checkpoints. It contains the text of the tuple `Keep`."""
-        return self._hash(lambda keep: keep, as_in_0_1=True)
-
-    def _hash(self, plain: Callable[[Keep], object], as_in_0_1: bool) -> str:
-        splits = self.train, self.val, self.test
-        parts = [(shards.identify_shards(s.shards, as_in_0_1=as_in_0_1), plain(s.keep), s.digest) for s in splits]
+        Version 0.1.0, whose fingerprints are in checkpoints, took the text of `Keep` in place of its values.
+        """
+        parts = []
+        for split in (self.train, self.val, self.test):
+            keep = split.keep if as_in_0_1 else tuple(split.keep)
+            parts.append((shards.identify_shards(split.shards, as_in_0_1=as_in_0_1), keep, split.digest))
         return f"{draw(parts):016x}"
 
 
@@ -121,5 +118,5 @@ def list_keys(all_shards: list[Shard], name: str, terminal: Terminal) -> list[st
             wait_for(shard.name)
             keys += future.result()
     if not keys:
-        raise DataError(f"data.{name} holds no image ({', '.join(sorted(TRAINING_SUFFIXES))})")
+        raise DataError(f"data.{name} holds no image ({', '.join(TRAINING_SUFFIXES)})")
     return keys

@@ -38,6 +38,7 @@ MAX_SKIPPED = 1000  # skips in a row, over more than an epoch, before a lane rai
 T = TypeVar("T")
 R = TypeVar("R")
 Kind = Literal["bad", "small", "lost"]
+Tell = Callable[[str], object]
 
 
 class Skip(NamedTuple):
@@ -63,15 +64,6 @@ class Counts(NamedTuple):
 
 class LostShard(images.Unusable):
     """The rest of a shard cannot be read."""
-
-
-class Reading:
-    """The name of the shard or sample that the input waits for."""
-
-    name = ""
-
-    def set(self, name: str) -> None:
-        self.name = name
 
 
 @dataclass
@@ -153,7 +145,7 @@ class Lane:
             if self.cursor.patch == 0:  # otherwise the item was counted before the run stopped
                 counts["samples"] += isinstance(decoded.item, Sample)
                 counts["visits"] += decoded.at.offset == 0
-            self.decoder.reading.set(decoded.name)
+            self.decoder.tell(decoded.name)
             try:
                 self.patches = decoded.patches()
             except images.Unusable as error:
@@ -184,8 +176,8 @@ class Lane:
 class Decoder:
     """Reads and decodes the next items of `lanes` lanes in a pool of threads, in groups."""
 
-    def __init__(self, settings: config.Data, seed: int, lanes: int, shards: Sequence[Shard], reading: Reading):
-        self.settings, self.seed, self.reading = settings, seed, reading
+    def __init__(self, settings: config.Data, seed: int, lanes: int, shards: Sequence[Shard], tell: Tell):
+        self.settings, self.seed, self.tell = settings, seed, tell
         threads = settings.decode_threads or os.cpu_count() or 1
         self.pool = ThreadPoolExecutor(threads, "decode")
         self.group = max(1, GROUP // settings.patches_per_image)  # items
@@ -235,18 +227,17 @@ def batches(
     own: range,
     batch_size: int,
     cursors: Sequence[Cursor],
-    reading: Optional[Reading] = None,
+    tell: Tell = lambda name: None,
 ) -> Generator[Batch, None, None]:
     """This worker's share of every global batch from `cursors` (one per global lane) on, without end.
 
-    `own`: the lanes of this worker. `reading` holds the name of the shard or sample that the input waits for.
+    `own`: the lanes of this worker. `tell` gets the name of each shard or sample before the input waits for it.
     """
-    decoder = Decoder(settings, seed, len(own), split.shards, reading or Reading())
+    decoder = Decoder(settings, seed, len(own), split.shards, tell)
 
     def open_lane(lane: int) -> Lane:
         start, buffer_size = cursors[lane], settings.shuffle_buffer
-        tell_opening = decoder.reading.set
-        items = lanes.read_lane(split.shards, split.keep, seed, lane, batch_size, buffer_size, start, tell_opening)
+        items = lanes.read_lane(split.shards, split.keep, seed, lane, batch_size, buffer_size, start, tell)
         return Lane(lane, items, start, decoder)
 
     own_lanes = [open_lane(lane) for lane in own]

@@ -38,12 +38,16 @@ BROKEN = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionErro
 
 
 class Member(NamedTuple):
-    """A file of a tar: `offset` and `size` of its data in the outermost file, or the `problem` why it has none."""
+    """A file of a tar: `offset` and `size` of its data in the outermost file, or the `problem` why it has none.
+
+    `target`: the path that a link leads to, within its tar, until the link is replaced by that file.
+    """
 
     name: str
     offset: int = 0
     size: int = 0
     problem: str = ""
+    target: str = ""
 
 
 def is_tar(name: str) -> bool:
@@ -118,7 +122,7 @@ class Refused(tarfile.TarError):
 
 
 class Header(tarfile.TarInfo):
-    """A header, refused before tarfile reads what belongs to it if that is large, or the map of a sparse file."""
+    """A header. It is refused if tarfile would next read a large extension, or the map of a sparse file."""
 
     @classmethod
     def frombuf(cls, *args: Any) -> Header:
@@ -144,9 +148,7 @@ def read_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if not header.pax_headers.get("size", "0").isdecimal():  # tarfile would take it for 0
             raise Refused(f"is damaged: member {header.name} has a size of `{header.pax_headers['size']}`")
         if header.size and not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
-            raise Refused(
-                f"is damaged: member {header.name} is no file, but has data; some programs read it as members"
-            )
+            raise Refused(f"is damaged: member {header.name} is no file, but has data; some tools read it as members")
         if header.issparse():
             refuse_sparse(header)
         if not header.isdir():
@@ -164,16 +166,6 @@ def in_one_line(text: str) -> str:
     return text.replace("\n", "\\n")
 
 
-class Entry(NamedTuple):
-    """A file of a tar with the offset and size of its data, or a link, or what has a `problem`."""
-
-    name: str
-    offset: int = 0
-    size: int = 0
-    target: str = ""  # the path that a link leads to, within its tar
-    problem: str = ""
-
-
 @functools.lru_cache(maxsize=INDEXED)
 def list_members(path: str, offset: int, size: int, name: str) -> tuple[Member, ...]:
     """Every file of the tar in bytes [offset, offset + size) of `path`. Errors call the tar `name`.
@@ -182,44 +174,44 @@ def list_members(path: str, offset: int, size: int, name: str) -> tuple[Member, 
     nothing else. Otherwise DataError is raised, and also if a member runs past the end of the tar.
     """
     window = Window(path, offset, size)
-    entries = []
+    members = []
     try:
         with tarfile.open(fileobj=window, mode="r:", tarinfo=Header) as tar:  # type: ignore[call-overload]
             for header in read_headers(tar):
-                entry = make_entry(header)
-                if entry.offset + entry.size > size:
-                    raise make_damage_error(name, f"member {entry.name} runs past the end of the file")
-                entries.append(entry)
+                member = make_member(header)
+                if member.offset + member.size > size:
+                    raise make_damage_error(name, f"member {member.name} runs past the end of the file")
+                members.append(member)
             end = tar.offset
     except BROKEN as error:
         raise make_header_error(name, error) from error
     if size < end + BLOCK:
-        raise make_damage_error(name, f"it is cut off after {len(entries)} members")
+        raise make_damage_error(name, f"it is cut off after {len(members)} members")
     window.seek(end)
     while block := window.read(READ_AHEAD):
         if block.strip(b"\0"):
-            raise make_rest_error(name, block, end, f"a header at byte {end} is damaged, after {len(entries)} members")
-    by_path = {posixpath.normpath(entry.name): entry for entry in entries}
-    return tuple(make_member(entry, by_path, offset) for entry in entries)
+            raise make_rest_error(name, block, end, f"a header at byte {end} is damaged, after {len(members)} members")
+    by_path = {posixpath.normpath(member.name): member for member in members}
+    return tuple(follow_links(member, by_path, offset) for member in members)
 
 
-def make_entry(header: tarfile.TarInfo) -> Entry:
+def make_member(header: tarfile.TarInfo) -> Member:
     if header.isreg():
-        return Entry(header.name, header.offset_data, header.size)
+        return Member(header.name, header.offset_data, header.size)
     folder = posixpath.dirname(header.name) if header.issym() else ""  # a symbolic link is relative to its folder
     target = posixpath.normpath(posixpath.join(folder, header.linkname)) if header.issym() or header.islnk() else ""
-    return Entry(header.name, target=target, problem=describe_no_file(header))
+    return Member(header.name, target=target, problem=describe_no_file(header))
 
 
-def make_member(entry: Entry, by_path: Mapping[str, Entry], offset: int) -> Member:
-    target: Optional[Entry] = entry
+def follow_links(member: Member, by_path: Mapping[str, Member], offset: int) -> Member:
+    target: Optional[Member] = member
     for _ in range(MAX_LINKS):
         if target is None or not target.problem:
             break
         target = by_path.get(target.target)
     if target and not target.problem:
-        return Member(entry.name, offset + target.offset, target.size)
-    return Member(entry.name, problem=f"it is {entry.problem}, not a file of this tar")
+        return Member(member.name, offset + target.offset, target.size)
+    return Member(member.name, problem=f"it is {member.problem}, not a file of this tar")
 
 
 def describe_no_file(header: tarfile.TarInfo) -> str:
@@ -323,9 +315,8 @@ class CountingStream:
 def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
     """(member name, bytes, problem) of the images of the tar at a URL, which webdataset's opener reads once.
 
-    Errors call the tar `name`, because the URL may hold secrets.
-    A link has a problem instead of bytes: its file may be far back in the stream. Raises DataError where the damage is,
-    at the latest after the last image.
+    Errors call the tar `name`, because the URL may hold secrets. A link has a problem instead of bytes: its file may be
+    far back in the stream. Raises DataError where the damage is, at the latest after the last image.
     """
     from webdataset.gopen import gopen
 

@@ -18,15 +18,8 @@ import numpy as np
 from hyperprior import __version__
 from hyperprior.codec import codec
 from hyperprior.errors import ConfigError, GateError
-from hyperprior.evaluation import gate, pictures, plots, report
-from hyperprior.evaluation.curves import (
-    Model,
-    average_rows,
-    compare_curves,
-    compare_models,
-    convert_published,
-    name_curves,
-)
+from hyperprior.evaluation import curves, gate, pictures, plots, report
+from hyperprior.evaluation.curves import Model
 from hyperprior.evaluation.photos import Photo, find_photos
 from hyperprior.model.quality import compare_images
 from hyperprior.reference import baselines, published
@@ -68,7 +61,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 
     gallery = pictures.Gallery(photos)
     rows, files = measure_photos(photos, gallery.names, models, chosen_baselines, cache, terminal)
-    points = average_rows(rows, models, chosen_baselines) + published_curves
+    points = curves.average_rows(rows, models, chosen_baselines) + published_curves
     judged_points = [point for point in points if point["kind"] == "model" and stored]
     verdicts = [gate.judge_point(point, stored[point["point"]], options.margin) for point in judged_points]
     summary: dict[str, Any] = {
@@ -76,8 +69,8 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
         "hyperprior": __version__,
         "images": [{"name": p.name, "width": p.width, "height": p.height, "sha256": p.sha256} for p in photos],
         "points": points,
-        "bd": compare_curves(points),
-        "models": compare_models(points),
+        "bd": curves.compare_curves(points),
+        "models": curves.compare_models(points),
         "gate": verdicts,
     }
     effort = f"; effort {options.effort}" if options.effort else ""
@@ -134,7 +127,7 @@ def load_models(paths: Sequence[Path], effort: int = 0, engine: str = "auto") ->
     codecs = {name: codec.load(path, engine) for name, path in zip(names, paths)}
     for loaded in codecs.values():
         loaded.check_effort(effort)
-    return name_curves(codecs, effort)
+    return curves.name_curves(codecs, effort)
 
 
 def choose_published(choice: Optional[str], photos: Sequence[Photo]) -> list[dict[str, Any]]:
@@ -145,7 +138,7 @@ def choose_published(choice: Optional[str], photos: Sequence[Photo]) -> list[dic
     """
     if choice == "none" or (choice is None and {photo.name for photo in photos} != published.KODAK):
         return []
-    return convert_published(published.read_points(None if choice is None else Path(choice)))
+    return curves.convert_published(published.read_points(None if choice is None else Path(choice)))
 
 
 # Measuring ------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ class Photo:
     sha256: str  # of size and pixels
 
     def pixels(self) -> np.ndarray:
-        """[H, W, 3] uint8, upright. Raises DataError."""
         return read_photo(self.path)
 
 

@@ -6,7 +6,7 @@ The baselines' files have at most as many bytes as the model's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from hyperprior import metric_table
 from hyperprior.evaluation import plots, report
 from hyperprior.evaluation.curves import Model
 from hyperprior.evaluation.photos import Photo
+from hyperprior.evaluation.plots import Picture
 from hyperprior.model.quality import compare_images
 from hyperprior.reference import baselines
 from hyperprior.reference.baselines import Baseline
@@ -24,15 +25,6 @@ SHEET_PICTURES, SHEET_BPP = 4, 0.3  # the sheet shows the model nearest to a rat
 REPORT_PICTURES = 24
 BESIDE = ("jpeg-opt", "avif")  # the baselines shown
 Files = dict[tuple[str, str], bytes]  # by model and photo
-
-
-class Coded(NamedTuple):
-    """A picture, its file, and its decoded pixels. `kind`: such as image/jpeg, if a browser can decode the file."""
-
-    title: str
-    file: bytes
-    pixels: np.ndarray
-    kind: str = ""
 
 
 class Gallery:
@@ -56,17 +48,11 @@ class Gallery:
         for photo in self.photos:
             pixels = photo.pixels()
             coded = code_photo(photo, pixels, shown, chosen_baselines, files)
-            captions = [make_caption(pixels, each) for each in coded]
             if photo in self.in_sheet:
-                original = plots.Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)
-                beside = [plots.Picture(c.title, lines, c.pixels) for c, lines in zip(coded, captions)]
-                rows.append([original, *beside])
+                original = Picture("Original", [photo.name, f"{photo.width} x {photo.height}, 24 bpp"], pixels)
+                rows.append([original, *coded])
             if photo in self.in_report:
-                versions = [
-                    report.Version(c.title, " · ".join(lines), c.pixels, c.file if c.kind else None, c.kind)
-                    for c, lines in zip(coded, captions)
-                ]
-                report_pictures.append(report.embed_picture(photo.name, pixels, versions))
+                report_pictures.append(report.embed_picture(photo.name, pixels, coded))
         title = "; ".join(f"{model.name}: {model.curve}, lambda {model.facts()['lambda']:g}" for model in shown)
         return plots.draw_sheet(title, rows), report_pictures
 
@@ -81,28 +67,27 @@ def choose_models(models: Sequence[Model], points: Sequence[dict[str, Any]]) -> 
 
 def code_photo(
     photo: Photo, pixels: np.ndarray, models: Sequence[Model], chosen_baselines: Sequence[Baseline], files: Files
-) -> list[Coded]:
+) -> list[Picture]:
     """The photo coded by each model, and by each baseline in at most as many bytes as by the first model."""
     coded = []
     for model in models:
         file = files[model.name, photo.name]
-        coded.append(Coded(model.name if len(models) > 1 else "hyperprior", file, model.codec.decompress(file)))
+        title = model.name if len(models) > 1 else "hyperprior"
+        coded.append(make_picture(title, pixels, model.codec.decompress(file), file))
     for baseline in (each for each in chosen_baselines if each.name in BESIDE):
         file, quality = baselines.fit(baseline, pixels, len(coded[0].file))
-        kind = f"image/{baseline.format.lower()}"
-        coded.append(Coded(f"{baseline.label}, quality {quality}", file, baselines.decode(file), kind))
+        title, kind = f"{baseline.label}, quality {quality}", f"image/{baseline.format.lower()}"
+        coded.append(make_picture(title, pixels, baselines.decode(file), file, kind))
     return coded
 
 
-def make_caption(original: np.ndarray, coded: Coded) -> list[str]:
-    """The size and the quality of a picture."""
+def make_picture(title: str, original: np.ndarray, decoded: np.ndarray, file: bytes, kind: str = "") -> Picture:
+    """A decoded picture, with its size and quality as caption."""
     height, width = original.shape[:2]
-    result = compare_images(original, coded.pixels)
+    result = compare_images(original, decoded)
     qualities = {name: result[name] for name in ("psnr_db", "ms_ssim") if result[name] is not None}
-    return [
-        f"{len(coded.file):,} bytes · {8 * len(coded.file) / width / height:.3f} bpp",
-        metric_table.describe(qualities).replace("  ", " · "),
-    ]
+    size = f"{len(file):,} bytes · {8 * len(file) / width / height:.3f} bpp"
+    return Picture(title, [size, metric_table.describe(qualities).replace("  ", " · ")], decoded, file, kind)
 
 
 def choose_spaced(photos: Sequence[Photo], most: int) -> list[Photo]:

@@ -88,9 +88,13 @@ def save_figure(figure: Figure, file: IO[bytes], kind: str) -> None:
 
 @dataclass(frozen=True)
 class Picture:
+    """[H, W, 3] uint8 pixels with a title and a caption. `kind`: such as image/jpeg, if a browser can decode `file`."""
+
     title: str
     lines: list[str]
-    pixels: np.ndarray  # [H, W, 3] uint8
+    pixels: np.ndarray
+    file: bytes = b""
+    kind: str = ""
 
 
 def draw_sheet(title: str, rows: Sequence[Sequence[Picture]]) -> Image.Image:

@@ -9,7 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -121,28 +121,18 @@ def to_markdown(table: Sequence[Sequence[str]]) -> list[str]:
 # report.html --------------------------------------------------------------------------------------------
 
 
-class Version(NamedTuple):
-    """A picture decoded from one codec's file. `text`: its size and quality; `file`: if a browser can decode it."""
-
-    title: str
-    text: str
-    pixels: np.ndarray
-    file: Optional[bytes] = None
-    kind: str = ""  # such as image/jpeg
-
-
-def embed_picture(name: str, original: np.ndarray, versions: Sequence[Version]) -> dict[str, Any]:
+def embed_picture(name: str, original: np.ndarray, versions: Sequence[plots.Picture]) -> dict[str, Any]:
     """One picture of the report, embedded without further loss; a large one is cropped to its most detailed part."""
     part = plots.find_detail(original, SIDE)
     height, width = original[part].shape[:2]
     whole = (height, width) == original.shape[:2]
 
-    def source(version: Version) -> str:
-        if version.file and whole:
+    def source(version: plots.Picture) -> str:
+        if version.kind and whole:
             return embed_file(version.kind, version.file)
         return embed_file("image/webp", encode_lossless(version.pixels[part]))
 
-    coded = [{"title": v.title, "text": v.text, "src": source(v)} for v in versions]
+    coded = [{"title": v.title, "text": " · ".join(v.lines), "src": source(v)} for v in versions]
     own = embed_file("image/webp", encode_lossless(original[part]))
     return {"name": name, "width": width, "height": height, "original": own, "versions": coded}
 

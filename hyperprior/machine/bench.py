@@ -37,14 +37,14 @@ PHOTO = (512, 768)  # height and width of the image that the codec is timed on, 
 
 def bench(settings: Config, parts: list[str], repeats: int, terminal: Terminal) -> dict[str, Any]:
     """Measures the named `parts` (keys of PARTS) and returns the figures in types that JSON has."""
+    world = World(settings.distribute, settings.train.batch_size)
+    world.check_batch()
     figures: dict[str, Any] = {
         "cores": os.cpu_count(),
         "tensorflow": tf.__version__,
         "config": without_secrets(settings).to_dict(),
+        "environment": world.environment(),
     }
-    world = World(settings.distribute, settings.train.batch_size)
-    world.check_batch()
-    figures |= {"environment": world.environment()}
     for part, measure in PARTS.items():
         if part in parts:
             terminal.say(f"measuring {part}")

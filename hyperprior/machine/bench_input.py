@@ -18,8 +18,7 @@ import tensorflow as tf
 from PIL import Image
 from rich.table import Table
 
-from hyperprior import config
-from hyperprior.config import Config
+from hyperprior.config import Config, Data
 from hyperprior.data import splits, stream
 from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import Split
@@ -52,13 +51,9 @@ def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal
             "webdataset and Pillow": lambda: read_with_webdataset(flat, side),
             "TFRecord, fused crop": lambda: read_with_tf_data(records, side),
         }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        per_core: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repeats):  # in turn, so that a drift of the machine affects all ways
-            for name, way in ways.items():
-                rate, core_rate = measure_patch_rate(way())
-                rates[name].append(rate)
-                per_core[name].append(core_rate)
+        # In turn, so that a drift of the machine affects all ways.
+        turns = [{name: measure_patch_rate(way()) for name, way in ways.items()} for _ in range(repeats)]
+        rates, per_core = ({name: [turn[name][i] for turn in turns] for name in ways} for i in (0, 1))
         readers = {"ours": lambda: [sample.read() for sample in samples], "tarfile": lambda: read_with_tarfile(flat)}
         raw = time_in_turn(readers, repeats)
     table = Table("", "patches/s", "per CPU-second", "ours / other", "per CPU-second")
@@ -85,7 +80,7 @@ def bench_input(settings: Config, world: World, repeats: int, terminal: Terminal
     }
 
 
-def read_patches(split: Split, data: config.Data, lanes: range, batch_size: int) -> Iterator[int]:
+def read_patches(split: Split, data: Data, lanes: range, batch_size: int) -> Iterator[int]:
     """With this package: the number of patches of each batch, without end."""
     with contextlib.closing(stream.batches(split, data, 0, lanes, batch_size, [Cursor()] * batch_size)) as batches:
         for batch in batches:
@@ -93,10 +88,10 @@ def read_patches(split: Split, data: config.Data, lanes: range, batch_size: int)
 
 
 def measure_ceiling(settings: Config, repeats: int) -> dict[str, dict[str, float]]:
-    """What one process reads of JPEGs that cost almost nothing to decode: what an input costs besides decoding."""
+    """The speed of one process on JPEGs that take almost no time to decode: the limit of the input itself."""
     with tempfile.TemporaryDirectory() as folder:
         shards = [str(write_small_jpegs(Path(folder, f"{number}.tar"), number)) for number in range(8)]
-        data = config.Data(
+        data = Data(
             train=shards,
             val_split=0,
             test_split=0,

@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -47,9 +47,8 @@ class Finding(NamedTuple):
     is_fatal: bool = False  # a run with this config would not start
 
     def line(self) -> str:
-        return f"{'!' if self.remedy else ' '} {self.name:<12} {self.text}" + (
-            f"; {self.remedy}" if self.remedy else ""
-        )
+        mark, remedy = ("!", f"; {self.remedy}") if self.remedy else (" ", "")
+        return f"{mark} {self.name:<12} {self.text}{remedy}"
 
 
 def examine(settings: Optional[Config], run: Path) -> list[Finding]:
@@ -222,7 +221,3 @@ def check_sources(settings: Config) -> list[Finding]:
     text = f"{limit}: the CPU's arithmetic allows at most {most:.0f} patches a second, the input {rate:.0f}"
     remedy = None if rate > most else "use more cores, or smaller images (`hyperprior pack --max-side`)"
     return [*findings, Finding("bottleneck", text, remedy)]
-
-
-def to_dict(findings: list[Finding]) -> list[dict[str, Any]]:
-    return [finding._asdict() for finding in findings]

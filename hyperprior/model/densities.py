@@ -40,10 +40,8 @@ def find_medians(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """The median of each channel's density, by bisection: [C] float64."""
     high = np.ones(arrays["bias_0"].shape[0])
     for _ in range(MOST_DOUBLINGS):
-        is_inside = (cumulative_logits(arrays, high[None])[0] >= 0.0) & (
-            cumulative_logits(arrays, -high[None])[0] <= 0.0
-        )
-        high = np.where(is_inside, high, 2.0 * high)
+        above, below = cumulative_logits(arrays, np.stack([high, -high]))
+        high = np.where((above >= 0.0) & (below <= 0.0), high, 2.0 * high)
     low = -high
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)

@@ -42,9 +42,6 @@ class Band(NamedTuple):
     down: int = 0
     across: int = 0
 
-    def frequency(self) -> float:
-        return math.hypot(self.down, self.across)
-
 
 class Child(NamedTuple):
     """A band of the next stage, the channel that it comes from, and the taps that make it."""
@@ -69,7 +66,7 @@ def split_bands(bands: list[Band], most: int) -> list[Child]:
 
 def standard_deviation(band: Band) -> float:
     """The standard deviation of a band over photographs, for pixels in [0, 1]."""
-    return STD[band.colour] / (band.frequency() + STD_OFFSET) ** STD_SLOPE
+    return STD[band.colour] / (math.hypot(band.down, band.across) + STD_OFFSET) ** STD_SLOPE
 
 
 def latent_gain(loss: config.Loss) -> float:

@@ -130,8 +130,7 @@ BITS: dict[str, Bits] = {"gaussian": gaussian_bits, "logistic": logistic_bits}  
 
 def round_latents(y: tf.Tensor, scale: tf.Tensor, bits: Bits) -> tf.Tensor:
     """y rounded as the encoder does: to the nearest integer, or the next one towards 0 if that saves more bits than its
-    larger error costs. `codec.tables` does the same with the bits of the tables.
-    """
+    larger error costs. `codec.tables` does the same with the bits of the tables."""
     nearest = tf.round(y)
     smaller = nearest - tf.sign(nearest)
     saved = bits(nearest, scale) - bits(smaller, scale)
@@ -142,8 +141,7 @@ def round_latents(y: tf.Tensor, scale: tf.Tensor, bits: Bits) -> tf.Tensor:
 def uniform_noise(shape: tuple, seed: int, step: tf.Tensor, lanes: tf.Tensor) -> tf.Tensor:
     """[b, *shape] in [−½, ½). It depends only on the seed, the step and the lane, not on the replica.
 
-    `seed`: below 2⁶²; `step`: int64 scalar; `lanes`: [b] int64 with static b, places in the global batch, below
-    2²⁰.
+    `seed`: below 2⁶²; `step`: int64 scalar; `lanes`: [b] int64 with static b, places in the global batch, below 2²⁰.
     """
     size, generator = tf.constant(shape), tf.constant(AUTO_SELECT)
     with tf.device("CPU:0"):  # a GPU's random numbers take their seed from the host's memory

@@ -22,7 +22,7 @@ class LayerWork(NamedTuple):
 def work_of_layers(model: ScaleHyperprior, side: int) -> list[LayerWork]:
     """The layers of all transforms, with their work for one patch of `side` x `side` pixels."""
     work = []
-    latent, hyper = (shape for shape in model.latent_shapes(side, side))
+    latent, hyper = model.latent_shapes(side, side)
     starts = {"g_a": (side, side, 3), "h_a": latent, "h_s": hyper, "g_s": latent}
     for transform, shape in starts.items():
         module = getattr(model, transform)

@@ -61,7 +61,7 @@ def train(
 def train_and_export(
     settings: Config, run: Path, terminal: Terminal, owns_process: bool = False
 ) -> Optional[dict[str, Any]]:
-    """What `train` and the command have in common. `owns_process`: see `loop.train`."""
+    """Trains, then exports: for `train` and for the command. `owns_process`: see `loop.train`."""
     from hyperprior import stack
 
     stack.start_tensorflow(settings.train.precision)

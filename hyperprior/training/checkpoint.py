@@ -86,7 +86,7 @@ def wait_for(folder: Path, step: int) -> tuple[Arrays, dict[str, Any]]:
 
 
 def check_state(run: Path, state: dict[str, Any]) -> None:
-    """Raises ConfigError unless a checkpoint's state has what all that use it rely on."""
+    """Raises ConfigError if a checkpoint's state lacks an entry that is read later, or has one of another type."""
     numbers = state["run"] if isinstance(state.get("run"), dict) else {}
     is_whole = {
         **{name: isinstance(state.get(name), kind) for name, kind in STATE.items()},
@@ -94,9 +94,7 @@ def check_state(run: Path, state: dict[str, Any]) -> None:
         "run.best_loss": type(numbers.get("best_loss", "missing")) in (int, float, type(None)),
     }
     if bad := [name for name, fits in is_whole.items() if not fits]:
-        raise ConfigError(
-            f"the newest checkpoint of {run} holds no valid `{bad[0]}`; move it away to use the one before"
-        )
+        raise ConfigError(f"the newest checkpoint of {run} has no valid `{bad[0]}`; move it away to use the one before")
 
 
 def load_best(folder: Path, step: int) -> Arrays:

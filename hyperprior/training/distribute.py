@@ -18,8 +18,8 @@ from typing import Any, Optional, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from hyperprior import config, stack
-from hyperprior.errors import ConfigError, HyperpriorError, find_error_type
+from hyperprior import config, errors, stack
+from hyperprior.errors import ConfigError, HyperpriorError
 from hyperprior.training import meeting
 
 T = TypeVar("T")
@@ -149,17 +149,16 @@ class World:
         own_failure = {"type": type(error).__name__, "message": str(error)} if error else None
         for worker, failure in enumerate(self.gather(own_failure)):
             if failure:
-                raise find_error_type(failure["type"])(f"worker {worker}: {failure['message']}")
+                raise getattr(errors, failure["type"])(f"worker {worker}: {failure['message']}")
 
     def check_same(self, values: dict[str, Any]) -> None:
         """Raises ConfigError, on all workers, unless all have the same flat `values`. Names the differences."""
         first, *others = self.gather(values)
         for worker, other in enumerate(others, 1):
-            if different := [
-                f"{key} is {first[key]} and {other.get(key)}" for key in first if first[key] != other.get(key)
-            ]:
+            if different := [key for key in first if first[key] != other.get(key)]:
+                listed = "; ".join(f"{key} is {first[key]} and {other.get(key)}" for key in different)
                 raise ConfigError(
-                    f"workers 0 and {worker} disagree: {'; '.join(different)}; give all workers the same config, "
+                    f"workers 0 and {worker} disagree: {listed}; give all workers the same config, "
                     f"version, data and run directory"
                 )
 
@@ -183,14 +182,13 @@ def count_threads() -> Optional[int]:
 
 
 def describe_hardware(gpus: list[Any]) -> str:
-    """What TensorFlow's libraries choose their kernels by: the models of the GPUs, or the CPU's instruction sets.
+    """The hardware by which TensorFlow's libraries choose kernels: the GPUs' models, or the CPU's instruction sets.
 
     The model of the CPU is included because its caches decide how sums are split.
     """
     if gpus:
-        return ", ".join(
-            sorted({tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus})
-        )
+        details = map(tf.config.experimental.get_device_details, gpus)
+        return ", ".join(sorted({each.get("device_name", "GPU") for each in details}))
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux

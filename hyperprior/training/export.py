@@ -16,7 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -38,14 +38,6 @@ CONTENTS = re.compile(
 COST_IMAGES = 8
 NOT_KEPT = "; a run keeps no query, password or header of its sources, so only `train` can measure the cost with them"
 HIDDEN = re.compile(r"[\s=uUH]\.\.\.(\s|$)")  # what `hide_secrets` leaves in a command
-
-
-class Exported(NamedTuple):
-    """A codec, its arrays, and their description."""
-
-    codec: Codec
-    arrays: Arrays
-    description: dict[str, Any]
 
 
 def export(
@@ -84,13 +76,13 @@ def export(
         replaced = existing.fingerprint
 
     check_replacement(out / box.WEIGHTS, weights, force)
-    exported = make_exported(trained, weights, str(out), terminal.warn)
+    made, arrays, description = make_exported(trained, weights, str(out), terminal.warn)
     try:
         with replace_directory(out) as folder:
-            save_exported(folder / box.WEIGHTS, exported)
-            storage.write_text(folder / "model.json", json.dumps(exported.description, indent=2) + "\n")
+            save_exported(folder / box.WEIGHTS, arrays, description)
+            storage.write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
             if operations.module:
-                serving.save(exported.codec, operations.module, folder / "saved_model")
+                serving.save(made, operations.module, folder / "saved_model")
             else:
                 terminal.say(f"         without a SavedModel, which needs the C++ range coder: {operations.report}")
     except (OSError, tf.errors.OpError) as error:
@@ -100,7 +92,7 @@ def export(
             retry="free the disk or choose another --out, and export again",
             elsewhere="choose another --out",
         )
-    report = report_exported(out, exported, terminal)
+    report = report_exported(out, description, terminal)
     if replaced and replaced != report["fingerprint"]:
         terminal.say(f"         in place of model {replaced}, which the files that it wrote need")
     return report
@@ -120,9 +112,9 @@ def export_file(run: Path, out: Path, terminal: Terminal, force: bool) -> dict[s
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = storage.fingerprint(trained.arrays)
     check_replacement(out, weights, force)
-    exported = make_exported(trained, weights, str(out), terminal.warn)
-    save_exported(out, exported)
-    return report_exported(out, exported, terminal)
+    _, arrays, description = make_exported(trained, weights, str(out), terminal.warn)
+    save_exported(out, arrays, description)
+    return report_exported(out, description, terminal)
 
 
 def check_replacement(file: Path, weights: str, force: bool) -> None:
@@ -134,9 +126,7 @@ def check_replacement(file: Path, weights: str, force: bool) -> None:
         description = box.read_description(file)
     if not description or description.get("weights") != weights:
         current = f"model {description['fingerprint']}" if description else "something else"
-        raise ConfigError(
-            f"{file} holds {current}, which its .hyp files need; choose another --out, or replace it with --force"
-        )
+        raise ConfigError(f"{file} holds {current}, which its .hyp files need; choose another --out, or give --force")
 
 
 @contextlib.contextmanager
@@ -163,12 +153,14 @@ def replace_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_exported(path: Path, exported: Exported) -> None:
-    storage.save_arrays(path, exported.arrays, exported.description, file_format=box.FORMAT, compressed=True)
+def save_exported(path: Path, arrays: Arrays, description: dict[str, Any]) -> None:
+    storage.save_arrays(path, arrays, description, file_format=box.FORMAT, compressed=True)
 
 
-def make_exported(trained: TrainedWeights, weights: str, origin: str, warn: Callable[[str], None]) -> Exported:
-    """Makes the codec of trained weights, which it rounds first."""
+def make_exported(
+    trained: TrainedWeights, weights: str, origin: str, warn: Callable[[str], None]
+) -> tuple[Codec, Arrays, dict[str, Any]]:
+    """The codec of trained weights, rounded first, with its arrays and their description."""
     stored = {name: shorten(array) for name, array in trained.arrays.items()}
     rounded = dataclasses.replace(trained, arrays={name: array.astype(np.float32) for name, array in stored.items()})
     model = ScaleHyperprior(trained.settings.model)
@@ -185,7 +177,7 @@ def make_exported(trained: TrainedWeights, weights: str, origin: str, warn: Call
         "info": info,
         "config": to_model_tree(trained.settings),
     }
-    return Exported(made, arrays, description)
+    return made, arrays, description
 
 
 def shorten(array: np.ndarray) -> np.ndarray:
@@ -200,9 +192,9 @@ def shorten(array: np.ndarray) -> np.ndarray:
     return short
 
 
-def report_exported(out: Path, exported: Exported, terminal: Terminal) -> dict[str, Any]:
+def report_exported(out: Path, description: dict[str, Any], terminal: Terminal) -> dict[str, Any]:
     """Prints the facts about an export, and returns them."""
-    info, fingerprint = exported.description["info"], exported.description["fingerprint"]
+    info, fingerprint = description["info"], description["fingerprint"]
     terminal.say(f"model    {out}, {fingerprint}, weights of step {info['step']}")
     terminal.say(f"         {describe_cost(info['exactness'])}")
     return {"model": str(out), "fingerprint": fingerprint, **info}

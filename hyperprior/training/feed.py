@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -46,12 +47,11 @@ class Feed:
         terminal: Terminal,
     ):
         self.world, self.settings, self.timetable, self.stop, self.terminal = world, settings, timetable, stop, terminal
-        self.reading = stream.Reading()
+        self.reading = ""  # the name of the shard or sample that the input waits for
         self.step = step  # the first of the next chunk
         lanes = world.lanes(world.batch_size)
-        batches = stream.batches(
-            split, settings.data, settings.seed, lanes, world.batch_size, list(cursors), self.reading
-        )
+        start, tell = list(cursors), functools.partial(setattr, self, "reading")
+        batches = stream.batches(split, settings.data, settings.seed, lanes, world.batch_size, start, tell)
         self.prefetch = stream.Prefetch(self._collect_chunks(batches, step))
 
     def next_chunk(self) -> Chunk:
@@ -91,4 +91,4 @@ class Feed:
         return self._make_chunk(first, blank, [])._replace(error=error)
 
     def _warn_late(self, seconds: float) -> None:
-        self.terminal.warn(f"no input for {seconds:.0f} s: waiting for {self.reading.name}")
+        self.terminal.warn(f"no input for {seconds:.0f} s: waiting for {self.reading}")

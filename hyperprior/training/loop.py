@@ -92,10 +92,8 @@ class Trainer:
     def __init__(self, settings: Config, run: Path, terminal: Terminal, world: World, stop: StopRequest):
         self.settings, self.run, self.terminal, self.world, self.stop = settings, run, terminal, world, stop
         self.checkpoints = run / "checkpoints"
-        must_count = Timetable.needs_count(settings)
-        self.splits = world.on_every_worker(
-            lambda: open_splits(settings.data, world.batch_size, count=must_count, terminal=terminal)
-        )
+        open_all = functools.partial(open_splits, settings.data, world.batch_size, terminal=terminal)
+        self.splits = world.on_every_worker(lambda: open_all(count=Timetable.needs_count(settings)))
         self.timetable = Timetable(settings, self.splits.train.images, bool(self.splits.val.images))
         saved = resume.load(world, run, settings, self.splits, terminal)
         world.check_same({"data": resume.describe_data(self.splits)})
@@ -103,10 +101,10 @@ class Trainer:
             stop.flag = tf.Variable(0.0, trainable=False)
         set_weights = self.keep_weights if saved else self.set_start_weights
         self.model, self.optimizer = build_model(world, settings, self.timetable.total, set_weights)
-        self.state = saved.state if saved else State([Cursor()] * world.batch_size)
+        self.state = State([Cursor()] * world.batch_size)
         if saved:
-            origin = str(self.checkpoints)
-            world.on_every_worker(lambda: self.optimizer.assign(saved.arrays, origin))
+            arrays, self.state = saved
+            world.on_every_worker(lambda: self.optimizer.assign(arrays, str(self.checkpoints)))
             resume.forget_lost_best(self.checkpoints, self.state.best, terminal.warn)
             world.check_same({"best step": self.state.best.step})
             self.optimizer.decays.assign(self.state.decays)
@@ -305,9 +303,8 @@ class Trainer:
         keys = ", ".join(key for keys in keys_of_workers for key in keys)
         repeats = f" {failed} times in a row, last" if failed > 1 else ""
         raise DivergedError(
-            f"the loss or a gradient is not finite{repeats} at step {step}; the weights and "
-            f"checkpoints are from before it. Its samples: {keys}. Lower train.learning_rate, or "
-            f"look at these images"
+            f"the loss or a gradient is not finite{repeats} at step {step}; the weights and checkpoints are from "
+            f"before it. Its samples: {keys}. Lower train.learning_rate, or look at these images"
         )
 
     # Files ------------------------------------------------------------------------------------------------
@@ -345,12 +342,8 @@ class Trainer:
 
     def write_file(self, name: str, text: str) -> None:
         """Writes a file of the run on the chief. If that fails, all workers raise the error."""
-
-        def write_text() -> None:
-            if self.world.is_chief:
-                storage.write_text(self.run / name, text)
-
-        self.world.on_every_worker(write_text)
+        write = functools.partial(storage.write_text, self.run / name, text)
+        self.world.on_every_worker(write if self.world.is_chief else lambda: None)
 
     def announce_run(self) -> None:
         """Prints the run, its data, model, devices and length."""

@@ -71,8 +71,8 @@ def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[
     """Waits until every worker of `cluster` answers at its address. Raises LostWorker with those that do not.
 
     TensorFlow would wait for an hour, and name none. Until TensorFlow opens this worker's port, a socket here answers
-    on it. So an answer means that the worker has reached this point. A worker stays until all have called it, too:
-    none is then left behind that waits for one that has met it and died.
+    on it. So an answer means that the worker has reached this point. A worker also stays until all others have called
+    it: if it left earlier and died, a slower one would wait for it in vain.
     """
     began = time.monotonic()
     deadline, calls = began + seconds, 0
@@ -136,7 +136,7 @@ def make_strategy_of_workers(address: str) -> tf.distribute.Strategy:
 
 @contextlib.contextmanager
 def give_up_after(seconds: int) -> Iterator[None]:
-    """Ends the process as a lost worker does if the block takes longer: its thread may be waiting in TensorFlow.
+    """Ends the process with LostWorker's exit code if the block takes longer: an exception could not end it there.
 
     At some moment of the block TensorFlow's library takes SIGTERM for itself, and the process would not end on it.
     Python's handler is put back within 5 ms.

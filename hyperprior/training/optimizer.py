@@ -15,8 +15,8 @@ from hyperprior import config
 from hyperprior.storage import Arrays, check_arrays
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-# Adam's moments move towards g and g² by (1 − beta) of the way: with beta 1 they stay. This g is below any moment, so a
-# moment of −0 stays too, and g² is still a number.
+# Adam's moments move towards g and g² by (1 − beta) of the way: with beta 1 they add 0 · (g − m). For a g far below
+# zero this is −0, which leaves even a moment of −0 as it is. g² must not overflow.
 UNCHANGING = -1e18
 LOSS_SCALE_START, LOSS_SCALE_GROWTH_STEPS = 2.0**15, 2000
 

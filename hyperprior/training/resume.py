@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from pydantic import TypeAdapter
 
@@ -24,6 +24,7 @@ from hyperprior.terminal import Terminal
 from hyperprior.training import checkpoint
 from hyperprior.training.distribute import World
 
+BEST_IN_JSON = {"best_loss": "loss", "best_step": "step", "stale": "stale"}  # the fields of `Best` in a checkpoint
 # The order in which version 0.1.0 stored the sums, without their names.
 SUMS_OF_0_1 = ("loss", "bpp_y", "bpp_z", "distortion", "psnr_db", "gradient_norm", "steps")
 
@@ -64,15 +65,8 @@ class State:
     def to_json(self) -> dict[str, Any]:
         """The state as flat JSON. Its names are the same in every version of the format."""
         values = dataclasses.asdict(self)
-        best = values.pop("best")
-        counts = Counts(*values.pop("counts"))
-        return {
-            **values,
-            **counts._asdict(),
-            "best_loss": best["loss"],
-            "best_step": best["step"],
-            "stale": best["stale"],
-        }
+        counts, best = values.pop("counts"), values.pop("best")
+        return {**values, **counts._asdict(), **{key: best[name] for key, name in BEST_IN_JSON.items()}}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
@@ -83,21 +77,14 @@ class State:
         if values["sums"]:  # a checkpoint without "norms" counted every step in the mean of gradient_norm
             values["sums"] = {"norms": values["sums"]["steps"], **values["sums"]}
         counts = {name: values.pop(name) for name in Counts._fields}
-        best = {
-            name: values.pop(key) for name, key in (("loss", "best_loss"), ("step", "best_step"), ("stale", "stale"))
-        }
+        best = {name: values.pop(key) for key, name in BEST_IN_JSON.items()}
         return TypeAdapter(cls).validate_python({**values, "counts": counts, "best": best})
 
 
-class Saved(NamedTuple):
-    """A checkpoint that fits: the values of all variables, and the state."""
-
-    arrays: Arrays
-    state: State
-
-
-def load(world: World, run: Path, settings: Config, splits: Splits, terminal: Terminal) -> Optional[Saved]:
-    """Loads the run's newest intact checkpoint, or None. The chief chooses it; the others wait for it.
+def load(
+    world: World, run: Path, settings: Config, splits: Splits, terminal: Terminal
+) -> Optional[tuple[Arrays, State]]:
+    """(values of all variables, state) of the run's newest intact checkpoint. The chief chooses it; others wait for it.
 
     Prints the changes since then that are allowed. Raises ConfigError for others. All workers must call this.
     """
@@ -114,10 +101,10 @@ def load(world: World, run: Path, settings: Config, splits: Splits, terminal: Te
     if step is None:
         return None
 
-    def load_checked() -> Saved:
+    def load_checked() -> tuple[Arrays, State]:
         arrays, saved = newest or checkpoint.wait_for(folder, step)
         check(run, saved, settings, splits, world.environment(), terminal)
-        return Saved(arrays, state_of(run, saved))
+        return arrays, state_of(run, saved)
 
     return world.on_every_worker(load_checked)
 
@@ -138,7 +125,7 @@ def check(
 ) -> None:
     """Prints the changes since a checkpoint's state that are allowed; raises ConfigError for others."""
     compare_config(run, validate(saved["config"], str(run)), settings, terminal)
-    if saved["data"] not in (describe_data(splits), describe_data(splits, splits.fingerprint_of_0_1())):
+    if saved["data"] not in (describe_data(splits), describe_data(splits, splits.fingerprint(as_in_0_1=True))):
         raise ConfigError(
             f"{run} holds a run on other data: {saved['data']}, now {describe_data(splits)}; "
             f"restore the sources, or choose another --run"

@@ -145,7 +145,7 @@ def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
-    """What differs in the configs and environments, and the metrics of both runs, as {name: [of a, of b]}.
+    """The differences in config and environment, and the metrics of both runs, each as {name: [of a, of b]}.
 
     Raises ConfigError.
     """

@@ -212,6 +212,5 @@ def make_forward_backward(world: World, model: ScaleHyperprior, optimizer: Optim
 
     images = tf.TensorSpec((world.replica_batch, side, side, 3), tf.uint8)
     step, lanes = tf.TensorSpec((), tf.int64), tf.TensorSpec((world.replica_batch,), tf.int64)
-    return forward_backward.get_concrete_function(
-        tf.TensorSpec(optimizer.weights.shape), images, step, lanes, tf.TensorSpec(())
-    )
+    vector, scale = tf.TensorSpec(optimizer.weights.shape), tf.TensorSpec(())
+    return forward_backward.get_concrete_function(vector, images, step, lanes, scale)

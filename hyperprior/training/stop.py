@@ -20,8 +20,8 @@ class StopRequest:
     """SIGTERM and Ctrl-C ask the run to stop after the current step. A second Ctrl-C stops it at once.
 
     Before the loop begins there is nothing to save. If the run owns the process, as in the command, the first signal
-    then ends the process. Otherwise signals keep their earlier meaning until the loop begins. Only the main thread
-    receives signals: in another thread they keep it throughout.
+    then ends the process. Otherwise signals keep their earlier meaning until the loop begins. A run in another
+    thread hears no signals: Python gives them to the main thread.
 
     Python runs a signal handler only between two calls into TensorFlow. So a thread receives the signal too and sets
     `flag`, which every step reads.

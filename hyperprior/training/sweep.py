@@ -56,13 +56,9 @@ class Plan:
         if any(override.startswith(("loss.lambda=", "train.start_from=")) for override in self.overrides):
             raise ConfigError("loss.lambda and train.start_from are set for each run; leave them out")
         if self.warm_start and self.jobs > 1:
-            raise ConfigError(
-                f"--warm-start needs the runs one after another; --jobs is {self.jobs}; leave one of them out"
-            )
+            raise ConfigError(f"--warm-start needs the runs one after another; --jobs is {self.jobs}; leave one out")
         if (gpus := len(list_visible_gpus())) and self.jobs > gpus:
-            raise ConfigError(
-                f"--jobs is {self.jobs}, but this machine shows {gpus} GPUs and each run needs one; lower --jobs"
-            )
+            raise ConfigError(f"--jobs is {self.jobs}, but there are {gpus} GPUs, and each run needs one; lower --jobs")
         if self.config.exists() and not self.config.is_file():
             raise ConfigError(f"{self.config} can be read only once, but each run reads the config; write it to a file")
         for lmbda in lambdas:
@@ -97,14 +93,13 @@ class Target:
     """The target of a search: `scale` of a column of the result. `slope`: its growth with the logarithm of lambda on
     the paper's curve, used until there are two runs."""
 
-    column: str
     scale: Callable[[float], float]
     slope: float
     tolerance: float
     tolerance_text: str
 
 
-TARGETS = {"bpp": Target("bpp", math.log, 0.6, 0.02, "2%"), "psnr_db": Target("psnr_db", float, 2.3, 0.1, "0.1 dB")}
+TARGETS = {"bpp": Target(math.log, 0.6, 0.02, "2%"), "psnr_db": Target(float, 2.3, 0.1, "0.1 dB")}
 
 
 def search_lambda(plan: Plan, column: str, value: float, terminal: Terminal) -> Path:
@@ -155,9 +150,7 @@ def round_lambda(value: float) -> float:
 def result_of(plan: Plan, lmbda: float) -> dict[str, Any]:
     values = read_result(plan.folder(lmbda))
     if not values or "loss" not in values or not values["bpp"] > 0:
-        raise ConfigError(
-            f"{plan.folder(lmbda)} has no result: no images are held out; set data.test or data.test_split"
-        )
+        raise ConfigError(f"{plan.folder(lmbda)} has no result: no image is held out; set data.test or data.test_split")
     return values
 
 

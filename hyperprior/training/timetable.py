@@ -28,11 +28,8 @@ class Timetable:
     def needs_count(settings: Config) -> bool:
         """Whether a length or interval is in epochs. Then the images must be counted."""
         train, summaries = settings.train, settings.summaries
-        intervals = (
-            *(train.validate_every, train.checkpoint_every),
-            *(summaries.scalars_every, summaries.images_every),
-        )
-        return train.epochs is not None or any(isinstance(interval, str) for interval in intervals)
+        every = train.validate_every, train.checkpoint_every, summaries.scalars_every, summaries.images_every
+        return train.epochs is not None or any(isinstance(interval, str) for interval in every)
 
     def to_steps(self, interval: Optional[Union[int, str]]) -> int:
         """Converts an interval to steps; 0 means never."""

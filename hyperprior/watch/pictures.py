@@ -21,7 +21,7 @@ from hyperprior.watch.summaries import Summaries
 
 AMPLIFICATION = 4  # factor on the difference that is shown, around mid-gray
 MIN_PANEL = 256  # pixels: the least width of a panel, so that its text is smooth
-CAPTION_AND_TITLE = (23, 26)  # the width of a picture in sizes of its texts: 15 and 13 pixels where it is 350 wide
+CAPTION_AND_TITLE = (23, 26)  # a picture's width divided by the sizes of its texts: 15 and 13 pixels at 350
 NUM_COSTLIEST = 10  # channels
 JPEG_QUALITIES, JPEG_IMAGES = (10, 20, 35, 50, 70, 85), 64
 

@@ -229,10 +229,10 @@ def test_float_h_s_would_give_other_indexes_in_another_order_and_ruin_later_symb
     wrong = np.flatnonzero(one != other)
     y = np.rint(np.random.RandomState(2).randn(*one.shape) * np.exp(low + step * one)).astype(np.int32)
     y = np.clip(y - codec.tables.first[one], 0, codec.tables.escape[one])  # as symbols
-    encoder = codec.engine.coder.encoder(len(y))
+    encoder = codec.engine.encoder(len(y))
     encoder.put(y, one)
     coded = encoder.finish()
-    right, garbage = (codec.engine.coder.decoder(coded).take(index) for index in (one, other))
+    right, garbage = (codec.engine.decoder(coded).take(index) for index in (one, other))
     after = slice(wrong[0] + 1, None)
     assert np.array_equal(right, y)
     assert np.mean(garbage.ravel()[after] != y.ravel()[after]) > 0.1
@@ -285,7 +285,7 @@ def test_tables_are_distributions_with_room_for_every_symbol(codec: Codec) -> No
 
 def test_the_dead_zone_ends_where_an_integer_is_worth_its_bits(codec: Codec) -> None:
     low, step = exact.log_scale_table(SETTINGS.model)
-    for table, (shifts, cumulative) in enumerate(zip(codec.dead_zone, codec.coder.counts.cumulative)):
+    for table, (shifts, cumulative) in enumerate(zip(codec.dead_zone, codec.counts.cumulative)):
         bits = -np.log2(np.diff(cumulative) / 2.0**16)
         first = codec.tables.first[table]
         assert shifts[0] == 0.0 and shifts.min() >= 0.0 and shifts.max() < 0.25

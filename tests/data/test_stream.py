@@ -192,10 +192,10 @@ def test_late_input_is_reported_with_the_name_of_its_source(monkeypatch: pytest.
     monkeypatch.setattr(stream, "LATE", 0.5)
     sources = [f"pipe:sleep 2; cat {path}" for path in shards_of_four(tmp_path / "d")]
     config = settings("data.train=[" + ", ".join(f"'{s}'" for s in sources) + "]", "data.allow_pipe=true")
-    source, reading = splits.open_splits(config.data, 4, count=False).train, stream.Reading()
-    prefetch = stream.Prefetch(stream.batches(source, config.data, 0, range(4), 4, [Cursor()] * 4, reading))
+    source, names = splits.open_splits(config.data, 4, count=False).train, [""]
+    prefetch = stream.Prefetch(stream.batches(source, config.data, 0, range(4), 4, [Cursor()] * 4, names.append))
     reports: list[tuple[float, str]] = []
-    prefetch.next(late=lambda seconds: reports.append((seconds, reading.name)))
+    prefetch.next(late=lambda seconds: reports.append((seconds, names[-1])))
     prefetch.close()
     assert len(reports) >= 3 and reports[0][0] > 0.5 and all(name.startswith(tuple(sources)) for _, name in reports)
 

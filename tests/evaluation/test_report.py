@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import browser_tab, photo
 
-from hyperprior.evaluation import report
+from hyperprior.evaluation import plots, report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>.png"
 
@@ -53,7 +53,7 @@ def page(tmp_path: Path) -> Path:
         for name, size in zip(names, (900, 1200))
     ]
     original = np.asarray(photo(1, 96, 80))
-    versions = [report.Version(title, "1 byte", np.zeros_like(original)) for title in ("hyperprior", "JPEG", "AVIF")]
+    versions = [plots.Picture(title, ["1 byte"], np.zeros_like(original)) for title in ("hyperprior", "JPEG", "AVIF")]
     pictures = [report.embed_picture(name, original, versions) for name in names]
     path = tmp_path / "report.html"
     path.write_text(report.render(summary, rows, pictures))

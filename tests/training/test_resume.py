@@ -49,8 +49,7 @@ def test_the_fingerprint_of_0_1_is_that_of_the_same_data() -> None:
     shards = [Shard("tar", "x/a.tar", "x/a.tar", size=1024), Shard("files", "p", "p", files=("1.jpg", "2.png"))]
     train, val = Split(shards, Keep(0.2, 1.0, 0.5), 3, 12345), Split(shards, Keep(0.1, 0.2, 0.5), 1, 7)
     splits = Splits(train, val, Split(shards, ALL), "test")
-    assert splits.fingerprint_of_0_1() == "0045db6b9a94de97"
-    assert splits.fingerprint() != splits.fingerprint_of_0_1()
+    assert splits.fingerprint(as_in_0_1=True) == "0045db6b9a94de97" != splits.fingerprint()
 
 
 def test_the_best_counts_the_validations_since() -> None:
