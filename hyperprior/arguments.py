@@ -10,15 +10,13 @@ from typing import Any, Optional
 from hyperprior.errors import ConfigError
 
 
-def find_config(config: Optional[Path], overrides: list[str], run: Optional[Path]) -> tuple[Path, list[str]]:
-    """The config of `train`: CONFIG, or that of the run that goes on. `config`: the first argument, or None."""
-    if config and "=" in str(config) and not config.exists():
-        config, overrides = None, [str(config), *overrides]
-    if config is None:
-        if run is None or not (run / "config.yaml").is_file():
-            raise ConfigError("there is no CONFIG; give a YAML file, or --run with the directory of a run to continue")
-        config = run / "config.yaml"
-    return config, overrides
+def find_config(first: Optional[str], overrides: list[str], run: Optional[Path]) -> tuple[Path, list[str]]:
+    """The config of `train`: CONFIG, or that of the run that goes on. `first`: the first argument, or None."""
+    if first and ("=" not in first or Path(first).exists()):
+        return Path(first), overrides
+    if run is None or not (run / "config.yaml").is_file():
+        raise ConfigError("there is no CONFIG; give a YAML file, or --run with the directory of a run to continue")
+    return run / "config.yaml", [first, *overrides] if first else overrides
 
 
 def choose_existing(force: bool, skip: bool) -> Any:

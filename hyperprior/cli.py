@@ -16,7 +16,7 @@ import typer
 
 from hyperprior import __version__, stack
 from hyperprior.arguments import choose_existing, find_config, take_local_paths
-from hyperprior.errors import ConfigError, DataError, HyperpriorError
+from hyperprior.errors import ConfigError, DataError, HyperpriorError, hide_secrets
 from hyperprior.terminal import Terminal, exit_soon, show_controls
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -77,7 +77,7 @@ show_traceback = False
 @app.command()
 def train(
     config: Annotated[
-        Optional[Path],
+        Optional[str],
         typer.Argument(
             metavar="[CONFIG]", help="A YAML file, or the name of a config of the package. Default: that of --run."
         ),
@@ -97,10 +97,10 @@ def train(
     from hyperprior.training import train_and_export
 
     stack.restart_with_allocator()
-    config, overrides = find_config(config, overrides or [], run)
-    settings = load_config(config, overrides)
+    path, overrides = find_config(config, overrides or [], run)
+    settings = load_config(path, overrides)
     terminal = Terminal(quiet, as_json=as_json)
-    folder = run or Path("runs") / config.stem
+    folder = run or Path("runs") / path.stem
     result = train_and_export(settings, folder, terminal, owns_process=True)
     if result is None:  # not the chief
         return
@@ -273,8 +273,8 @@ def runs(
     """
     from hyperprior.training import runs as job
 
-    summaries = job.summarise_all(folders or [Path("runs")])
     terminal = Terminal(as_json=as_json)
+    summaries = job.summarise_all(folders or [Path("runs")], terminal.warn)
     terminal.say(job.make_table(summaries))
     terminal.tell(summaries)
 
@@ -494,7 +494,7 @@ def main() -> None:
     except (HyperpriorError, OSError) as error:
         if show_traceback:
             raise
-        print(f"hyperprior: {show_controls(str(error))}", file=sys.stderr)
+        print(f"hyperprior: {show_controls(hide_secrets(str(error)))}", file=sys.stderr)
         if isinstance(error, HyperpriorError):
             sys.exit(error.exit_code)
         # For example, a full disk behind stdout, or a file name that is too long.

@@ -15,16 +15,20 @@ from __future__ import annotations
 
 import re
 
-# The user and password of a URL, its query and its fragment, without the punctuation after the URL.
+# The user and password of a URL, its query and its fragment, without the punctuation after the URL. In a path, two
+# slashes became one.
 URL = re.compile(
-    r"""([a-z][a-z0-9+.-]*://)(?:[^/\s?#]*@)?([^\s'"?#]*)(?:[?#][^\s'"]*?(?=[.,:;)\]]*(?:[\s'"]|$)))?""", re.IGNORECASE
+    r"""([a-z][a-z0-9+.-]{0,30}:/{1,2})(?:[^/\s?#]*@)?([^\s'"?#]*)(?:[?#][^\s'"]*?(?=[.,:;)\]]*(?:[\s'"]|$)))?""",
+    re.IGNORECASE,
 )
 # What a command after `pipe:` gets as a header, a user, or a value whose name says that it is secret.
-ARGUMENT = r"""(\\?'[^']*'|\\?"[^"]*"|\S+)"""
+ARGUMENT = r"""(\\?'[^']*'|\\?"[^"]*"|(?:\\.|[^\s\\])+)"""
+NAMES = "pass(?:word|wd)?|token|secret|key"
 SECRET = re.compile(
-    r"((?:^|\s)(?:(?-i:-[sSfLkgivN]*[uUH])=?\s*(?=['\"]|\S*:)"  # such as -u X:X, -sfuX:X, -H 'X: X'
-    r"|--\S*(?:user|header|bearer|cookie|password|token|secret|key)(?:=|\s+))"
-    rf"|\b\w*(?:password|token|secret|key)\w*=){ARGUMENT}",
+    r"((?:^|\s)(?:(?-i:-[A-Za-z0-9#]*?[uUHb])=?\s*(?=['\"]|[^\s:=]\S*[:=])"  # -u X:X, -sfuX:X, -H 'X: X', -b X=X
+    rf"|--[^\s=]*(?:user|header|bearer|cookie|cert|{NAMES})(?:=|\s+))"
+    rf"|\b\w*(?:{NAMES})\w*="
+    rf"|(?:^|[\s=])(?=[^\s/:]+:[^\s/]*@)){ARGUMENT}",  # X:X@host
     re.IGNORECASE,
 )
 

@@ -87,7 +87,7 @@ def walk(path: Path, on_error: Optional[Callable[[OSError], object]] = None) -> 
 
 
 def is_below(path: Path, folder: Optional[Path]) -> bool:
-    return folder is not None and folder.resolve() in path.resolve().parents
+    return folder is not None and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def describe_other_files(folder: Path, known: Sequence[str], leave_out: Optional[Path] = None) -> str:

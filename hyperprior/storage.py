@@ -37,20 +37,13 @@ MOST_BYTES_OF_STATE = 2**20  # where it is read alone, from a model
 CAN_ASK = hasattr(fcntl, "F_OFD_GETLK")
 WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 # With these errors the user must choose another place. Other errors, such as a full disk, may go away.
-WRONG_PLACE = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS)
-# With these errors a file may be intact.
-NOT_READ = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
+WRONG_PLACE = (
+    *(errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS),
 )
+# With these, and with errors that the system did not give, a file that cannot be read is damaged or missing.
+DAMAGED = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL)
 NOT_SUPPORTED = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)  # of a folder, by some file systems
-UNFINISHED = re.compile(r"\..+\.\d+\.tmp")  # the name of a file until it is whole
 
 
 @dataclasses.dataclass
@@ -71,7 +64,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], check: Optional[C
     `check` reads the temporary file before it is renamed. It raises OSError or BadZipFile if the file is damaged.
     """
     if path.is_symlink():
-        path = path.resolve()
+        path = Path(os.path.realpath(path))  # unlike resolve, this never raises
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # another process may write this file
     try:
         if path.exists() and not path.is_file():  # a device
@@ -111,10 +104,10 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what writers left that were killed. The caller holds the lock of the folder or of one above it."""
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Removes what killed writers left of the files that `names` matches. Nobody may be writing them now."""
     for path in folder.glob(".*.tmp"):
-        if UNFINISHED.fullmatch(path.name):
+        if re.fullmatch(rf"\.({names})\.\d+\.tmp", path.name):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -225,7 +218,9 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def raise_cannot_read(error: Exception, path: Path) -> NoReturn:
     """Raises ValueError if the file is damaged or missing, else ConfigError or StorageError."""
-    if isinstance(error, OSError) and error.errno in NOT_READ:
+    if isinstance(error, MemoryError):
+        raise ConfigError(f"{path} cannot be read: there is not enough memory") from error
+    if isinstance(error, OSError) and error.errno not in DAMAGED:
         if error.errno in WRONG_PLACE:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         raise StorageError(f"{path} cannot be read: {error.strerror}; start the same command again") from error

@@ -655,7 +655,7 @@ def make_json(folder: Path) -> Attempt:
         (run / "results.json").write_bytes(written)
         (folder / "summary.json").write_bytes(damage_json(rng, summary))
         outcomes = []
-        runs.make_table(runs.summarise_all([folder]))
+        runs.make_table(runs.summarise_all([folder], print))
         runs.make_comparison_table(runs.compare(folder / "good", run))
         json.dumps(runs.compare(run, folder / "good"))
         read = runs.read_result(run)

@@ -479,6 +479,10 @@ def test_a_run_goes_on_without_its_config(
     hyperprior("train", empty_config, *words, "--run", "r")
     assert "resumed at step 2" in hyperprior("train", "train.steps=3", "--run", "r").stdout
     assert "is done: 3 steps" in hyperprior("train", "--run", "r").stdout
+    url = "data.train=https://user:SECRET@127.0.0.1:1/x.tar?sig=SECRET"
+    error = hyperprior("train", url, "--run", "r", check=3).stderr  # the first word, too, keeps both slashes
+    assert "https://127.0.0.1:1/x.tar" in error and "SECRET" not in error
+    assert "SECRET" not in hyperprior("config", url, check=2).stderr
     for arguments in (["--run", "none"], ["train.steps=3"], []):
         assert "there is no CONFIG; give a YAML file, or --run" in hyperprior("train", *arguments, check=2).stderr
 

@@ -39,6 +39,8 @@ BEST: dict[str, dict[str, Any]] = {
     "WEBP": {"lossless": True},
     "AVIF": {"quality": 97, "subsampling": "4:4:4"},
 }
+# In these, Pillow changes the size or colours of a photograph, or repeats it with another quality.
+NO_PHOTOGRAPHS = ("EPS", "GIF", "ICNS", "ICO", "MPO", "PDF")
 
 
 class Job(NamedTuple):
@@ -237,8 +239,10 @@ def decompress(
         return suffix if job.target == STANDARD else Path(job.target).suffix.lower()
 
     for job in jobs:
-        if formats.get(suffix_of(job)) not in Image.SAVE:
-            raise ConfigError(f"{job.target}: Pillow writes no `{suffix_of(job)}`; try .png, .jpg, .webp or .tif")
+        if formats.get(suffix_of(job)) not in Image.SAVE or formats[suffix_of(job)] in NO_PHOTOGRAPHS:
+            raise ConfigError(
+                f"{job.target}: Pillow writes no photograph as `{suffix_of(job)}`; try .png, .jpg, .webp or .tif"
+            )
     find_codec = make_codec_finder(model, engine)
 
     def convert(job: Job, data: bytes) -> tuple[bytes, dict[str, Any]]:

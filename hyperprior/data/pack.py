@@ -66,11 +66,11 @@ def pack(sources: list[str], out: Path, options: Options, allow_pipe: bool, term
         described = [(*key.split(".", 1), size) for _, key, size in samples]
         plan = json.dumps({"samples": f"{draw(described):016x}", "options": options._asdict()})
         plan_file = out / "pack.json"
-        storage.remove_unfinished(out)
         if plan_file.exists() and plan_file.read_bytes() != plan.encode():
             raise ConfigError(f"{out} holds shards of other sources or options; choose another --out")
         if not plan_file.exists() and any(out.glob("*.tar")):
             raise ConfigError(f"{out} holds tars already; choose another --out")
+        storage.remove_unfinished(out, r"pack\.json|shards-\d+\.tar")
         storage.write_text(plan_file, plan)
         paths = write_shards(read_again(opened, samples), names, out, options, terminal, wait_for)
     if not paths:

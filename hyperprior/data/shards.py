@@ -134,12 +134,11 @@ def open_sources(
     """
     shards: list[Shard] = []
     for source in sources:
-        source_shards: list[Shard] = []
         for location in expand_braces(source):
-            source_shards += open_location(location, key, allow_pipe, {} if ignored is None else ignored)
-        if not source_shards:
-            raise DataError(f"{key}: {hide_secrets(source)} holds no image ({', '.join(TRAINING_SUFFIXES)}) and no tar")
-        shards += source_shards
+            found = open_location(location, key, allow_pipe, {} if ignored is None else ignored)
+            if not found:
+                raise DataError(f"{key}: {location} holds no image ({', '.join(TRAINING_SUFFIXES)}) and no tar")
+            shards += found
     extensions = tuple(extension.lower().lstrip(".") for extension in extensions)
     return [replace(shard, extensions=extensions) for shard in shards]
 
@@ -188,7 +187,7 @@ def open_location(location: str, key: str, allow_pipe: bool, ignored: Ignored) -
             hint = "; patterns with * are not expanded: name the folder, or write shards-{000000..000127}.tar"
         raise DataError(f"{key}: {location} cannot be read: {error.strerror}{hint}") from error
     if is_tar(path.name):
-        return open_tar(str(path), size)
+        return open_tar(str(path), size, ignored)
     if is_training_image(path.name):
         return [Shard("files", str(path.parent), str(path), files=(path.name,))]
     if tars.is_compressed_tar(path.name):
@@ -235,14 +234,15 @@ def make_compressed_error(key: str, path: Path | str) -> DataError:
     return DataError(f"{key}: {path} is compressed; decompress it, because tars are read in place, or move it away")
 
 
-def open_tar(path: str, size: int) -> list[Shard]:
+def open_tar(path: str, size: int, ignored: Ignored) -> list[Shard]:
     """One shard for a flat tar. For a tar of tars, one shard for each inner tar, and one for the loose images."""
     tars.check_ends(path, 0, size, path)
     whole = Shard("tar", path, path, size=size)
     # The first image or inner tar shows the kind, so a flat tar need not be read to its end.
     first = tars.find_first_image_or_tar(path, size)
     if first is None:
-        tars.list_members(path, 0, size, path)  # raises DataError if the tar is damaged
+        members = tars.list_members(path, 0, size, path)  # raises DataError if the tar is damaged
+        ignored[path] = Counter(PurePosixPath(member.name).suffix.lower() for member in members)
         return []
     if is_training_image(first):
         return [whole]

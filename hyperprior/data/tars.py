@@ -55,8 +55,12 @@ def is_tar(name: str) -> bool:
     return path.suffix.lower() == ".tar" and not path.name.startswith("._")  # macOS writes a "._name" beside a file
 
 
+def is_any_tar(name: str) -> bool:
+    return is_tar(name) or is_compressed_tar(name)
+
+
 def is_compressed_tar(name: str) -> bool:
-    return name.lower().endswith(COMPRESSED_SUFFIXES)
+    return name.lower().endswith(COMPRESSED_SUFFIXES) and not PurePosixPath(name).name.startswith("._")
 
 
 # Reading by position --------------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ def list_images(path: str, offset: int, size: int, name: str, beside_tars: bool)
     An inner tar also raises DataError, unless the images are `beside_tars`.
     """
     members = list_members(path, offset, size, name)
-    inner = next((member.name for member in members if is_tar(member.name) or is_compressed_tar(member.name)), None)
+    inner = next((member.name for member in members if is_any_tar(member.name)), None)
     if inner and not beside_tars:
         raise DataError(
             f"{name} holds the tar {in_one_line(inner)} after images or inside an inner tar; a nested tar must begin "
@@ -239,12 +243,12 @@ def list_images(path: str, offset: int, size: int, name: str, beside_tars: bool)
 
 
 def find_first_image_or_tar(path: str, size: int) -> str | None:
-    """The name of the first member that is an image or a tar. The rest is not read. Raises DataError."""
+    """The name of the first member that is an image or any tar. The rest is not read. Raises DataError."""
     try:
         window = Window(path, 0, size)
         with tarfile.open(fileobj=window, mode="r:", tarinfo=Header) as tar:  # type: ignore[call-overload]
             names = (header.name for header in read_headers(tar))
-            return next((name for name in names if is_training_image(name) or is_tar(name)), None)
+            return next((name for name in names if is_training_image(name) or is_any_tar(name)), None)
     except BROKEN as error:
         raise make_header_error(path, error) from error
 
@@ -326,7 +330,7 @@ def stream_images(url: str, name: str) -> Iterator[tuple[str, bytes, str]]:
             counting = CountingStream(stream)
             with tarfile.open(fileobj=counting, mode="r|", tarinfo=Header) as tar:  # type: ignore[call-overload]
                 for member in read_headers(tar):
-                    if member.isreg() and (is_tar(member.name) or is_compressed_tar(member.name)):
+                    if member.isreg() and is_any_tar(member.name):
                         raise DataError(
                             f"{name}: member {in_one_line(member.name)} is a tar; nested tars are read in place from "
                             f"local files only; give the inner tars as separate URLs"

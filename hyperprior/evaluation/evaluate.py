@@ -27,7 +27,8 @@ from hyperprior.reference.baselines import Baseline
 from hyperprior.storage import write_text, write_whole
 from hyperprior.terminal import Terminal
 
-RESULTS = ("summary.json", "images.csv", "summary.md", "rd_psnr.png", "rd_psnr.svg", "pictures.png", "report.html")
+FIGURES = ("rd_psnr.png", "rd_psnr.svg", "rd_ms_ssim.png", "rd_ms_ssim.svg")
+RESULTS = ("summary.json", "images.csv", "summary.md", *FIGURES, "pictures.png", "report.html")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     write_text(out / "summary.json", json.dumps(summary, indent=1))  # first, because `prepare_out` looks for it
     write_text(out / "images.csv", report.to_csv(rows))
     write_text(out / "summary.md", "\n".join([*model_lines, *other_lines]) + "\n")
+    for name in FIGURES:
+        (out / name).unlink(missing_ok=True)  # an earlier evaluation may have drawn one more
     for name, figure in plots.draw_rd_figures(points):
         for kind in ("png", "svg"):
             write_whole(out / f"{name}.{kind}", lambda file: plots.save_figure(figure, file, kind))  # noqa: B023
@@ -103,8 +106,9 @@ def prepare_out(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = [name for name in RESULTS if (out / name).exists()]
-        is_ours = "hyperprior" in json.loads((out / "summary.json").read_bytes()) if found else True
-    except (ValueError, FileNotFoundError):
+        before = json.loads((out / "summary.json").read_bytes()) if found else {"hyperprior": __version__}
+        is_ours = isinstance(before, dict) and "hyperprior" in before
+    except (ValueError, RecursionError, FileNotFoundError):
         is_ours = False
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another") from error

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +23,9 @@ import numpy as np
 import PIL
 from PIL import Image, features
 
-from hyperprior.errors import ConfigError, DataError, StorageError
+from hyperprior.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 CACHE_FORMAT = 1  # raise it when a measurement changes its meaning
 
@@ -166,6 +169,7 @@ class Cache:
     def __init__(self, folder: Path):
         self.path = folder / "baselines.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
+        self.has_failed = False
         if self.path.is_dir():
             raise ConfigError(f"{self.path} is a directory; choose another --cache")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -180,7 +184,7 @@ class Cache:
         return json.dumps(parts, sort_keys=True)
 
     def get_or_measure(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of `key`, which is measured and stored if it is missing. Raises StorageError."""
+        """The row of `key`, which is measured and stored if it is missing. Without a place to store it, warns once."""
         if key not in self.rows:
             self.rows[key] = measure()
             line = json.dumps({"key": key, "row": self.rows[key]}) + "\n"
@@ -194,9 +198,13 @@ class Cache:
                 finally:
                     os.close(file)
             except OSError as error:
-                raise StorageError(f"{self.path} cannot be written: {error}; choose another --cache") from error
+                if not self.has_failed:
+                    log.warning("%s: %s; baselines are measured again next time", self.path, error.strerror)
+                self.has_failed = True
         return self.rows[key]
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperprior"
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperprior"
+    return Path(os.devnull)  # nobody has a home: nothing can be kept

@@ -37,7 +37,7 @@ CONTENTS = re.compile(
 )
 COST_IMAGES = 8
 NOT_KEPT = "; a run keeps no query, password or header of its sources, so only `train` can measure the cost with them"
-HIDDEN = re.compile(r"[\s=uUH]\.\.\.(\s|$)")  # what `hide_secrets` leaves in a command
+HIDDEN = re.compile(r"[\s=uUHb]\.\.\.(\s|$)")  # what `hide_secrets` leaves in a command
 
 
 def export(

@@ -33,7 +33,8 @@ def info(path: Path, model: Optional[str]) -> dict[str, Any]:
 
 
 def info_of_run(run: Path) -> dict[str, Any]:
-    newest = checkpoint.load_newest(run / "checkpoints", lambda text: None)
+    problems: list[str] = []
+    newest = checkpoint.load_newest(run / "checkpoints", problems.append)
     if newest is None:
         raise ConfigError(f"{run} holds no checkpoint yet; train.checkpoint_every sets the interval")
     checkpoint.check_state(run, newest[1])
@@ -41,6 +42,8 @@ def info_of_run(run: Path) -> dict[str, Any]:
     facts = {"kind": "run", **{name: state[name] for name in ("step", "best_step", "best_loss")}}
     with contextlib.suppress(ConfigError):
         facts["exported"] = box.read_description(run)
+    if problems:
+        facts["problem"] = "; ".join(problems)
     if result := read_result(run):
         facts["result"] = result
     return facts

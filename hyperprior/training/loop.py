@@ -58,8 +58,8 @@ def train(settings: Config, run: Path, terminal: Terminal, owns_process: bool = 
             check_directory(run)
             if world.is_chief:
                 resources.enter_context(storage.lock_directory(run))
-                for folder in (run, run / "checkpoints"):
-                    storage.remove_unfinished(folder)
+                storage.remove_unfinished(run, r"config\.yaml|results\.json|metrics\.jsonl")
+                storage.remove_unfinished(run / "checkpoints", r"step-\d+\.npz|best\.npz")
 
         world.check_same({**select_comparable(settings), "version": __version__, "tensorflow": tf.__version__})
         world.check_batch()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hyperprior import config, storage
 from hyperprior.errors import ConfigError
+from hyperprior.images import walk
 from hyperprior.metric_table import METRICS, RESULT, cell, read_record, read_row
 from hyperprior.terminal import show_controls
 from hyperprior.training import checkpoint
@@ -31,7 +32,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no directory; give runs, or a directory of runs")
-        runs |= {path.parent for path in folder.rglob("config.yaml") if (path.parent / "lock").exists()}
+        runs |= {Path(inner) for inner, files in walk(folder) if {"config.yaml", "lock"} <= set(files)}
     if not runs:
         raise ConfigError(
             f"{', '.join(map(str, folders))}: no run there; `hyperprior train CONFIG --run DIR` makes one"
@@ -39,15 +40,18 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return sorted(runs)
 
 
-def summarise_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The summaries of all runs among and below `folders`. Runs that are moved or deleted meanwhile are left out."""
+def summarise_all(folders: Sequence[Path], warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The summaries of all runs among and below `folders`. Runs that are moved or deleted meanwhile are left out.
+
+    `warn` gets a message for each run whose config cannot be read, and is left out, too.
+    """
     summaries = []
     for run in find_runs(folders):
         try:
             summaries.append(summarise(run))
-        except ConfigError:
+        except ConfigError as error:
             if (run / "config.yaml").exists():
-                raise
+                warn(f"{run} is left out: {error}")
     return summaries
 
 

@@ -459,8 +459,10 @@ def test_a_failed_decompression_leaves_no_file(tmp_path: Path, model: Codec) -> 
     (tmp_path / "x.hyp").write_bytes(model.compress(np.zeros((1, 20_000, 3), np.uint8)))
     with pytest.raises(DataError, match=r"x\.hyp: cannot be written as WEBP"):
         files.decompress([str(tmp_path / "x.hyp")], None, None, ".webp", "refuse", 10**6, Terminal())
-    with pytest.raises(ConfigError, match=r"Pillow writes no `\.xyz`"):
+    with pytest.raises(ConfigError, match=r"Pillow writes no photograph as `\.xyz`"):
         files.decompress([str(tmp_path / "x.hyp")], None, None, ".xyz", "refuse", 10**6, Terminal())
+    with pytest.raises(ConfigError, match=r"Pillow writes no photograph as `\.ico`"):  # it would be 256 pixels wide
+        files.decompress([str(tmp_path / "x.hyp")], None, None, ".ico", "refuse", 10**6, Terminal())
     (tmp_path / "x.hyp").write_bytes(data)
     with pytest.raises(DataError, match="at most 100 are decoded"):
         files.decompress([str(tmp_path / "x.hyp")], None, None, ".png", "refuse", 100, Terminal())
@@ -548,6 +550,10 @@ def test_info_distinguishes_files_models_and_runs(hyperprior: Command, run: Path
     (tmp_path / "y.hyp").write_bytes(other)
     assert "CRC-32" in hyperprior("info", "y.hyp", check=3).stderr
     assert info(run / "model", None)["fingerprint"] == model.fingerprint
+    shutil.copytree(run / "checkpoints", tmp_path / "damaged" / "checkpoints")
+    (tmp_path / "damaged" / "checkpoints" / "step-000000030.npz").write_bytes(b"torn")
+    of_damaged = info(tmp_path / "damaged", None)
+    assert of_damaged["step"] == 15 and "step-000000030.npz is damaged" in of_damaged["problem"]
     of_run = info(run, None)
     assert of_run["step"] == 30 and of_run["exported"]["fingerprint"] == model.fingerprint
     with pytest.raises(ConfigError, match="is no model"):

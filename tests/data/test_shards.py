@@ -435,6 +435,23 @@ def test_a_compressed_tar_is_named_wherever_it_is(
                 keys(open_sources([source], "x"))
 
 
+def test_a_tar_without_an_image_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    compressed = tar_bytes([("n.tar.gz", gzip.compress(tar_bytes(photos(1))))])
+    apple = [("._b.tar.gz", b"x"), *photos(1)]
+    tars = {"good": tar_bytes(photos(1)), "nested": compressed, "webp": tar_bytes([("a.webp", b"x")])}
+    for name, data in {**tars, "apple": tar_bytes(apple)}.items():
+        (tmp_path / f"{name}.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"nested\.tar: its member n\.tar\.gz is compressed"):
+        open_sources([f"{tmp_path}/{{good,nested}}.tar"], "x")
+    with pytest.raises(DataError, match=r"webp\.tar holds no image"):
+        open_sources([f"{tmp_path}/{{good,webp}}.tar"], "x")
+    assert keys(open_sources([f"{tmp_path}/apple.tar"], "x")) == ["p000"]
+    (tmp_path / "nested.tar").unlink()
+    ignored: dict[str, Counter[str]] = {}
+    assert len(open_sources([str(tmp_path)], "x", ignored=ignored)) == 2
+    assert ignored[str(tmp_path / "webp.tar")] == {".webp": 1}
+
+
 def test_the_home_of_nobody_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="~nobody-here/a.tar cannot be read: No such file"):

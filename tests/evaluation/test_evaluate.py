@@ -304,13 +304,34 @@ def test_results_do_not_replace_the_files_of_others(
 ) -> None:
     monkeypatch.setattr(evaluate.plots, "draw_rd_figures", lambda points: [])  # saves seconds
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "summary.md").write_text("mine")
-    with pytest.raises(ConfigError, match=r"out holds summary\.md that no evaluation wrote; choose another"):
-        run(tmp_path, "a", folder)
-    assert (tmp_path / "out" / "summary.md").read_text() == "mine"
-    (tmp_path / "out" / "summary.md").unlink()
+    for name, content in (("summary.md", "mine"), ("rd_ms_ssim.png", "mine"), ("summary.json", "[5]")):
+        (tmp_path / "out" / name).write_text(content)
+        with pytest.raises(ConfigError, match=rf"out holds {name} that no evaluation wrote; choose another"):
+            run(tmp_path, "a", folder)
+        assert (tmp_path / "out" / name).read_text() == content
+        (tmp_path / "out" / name).unlink()
     run(tmp_path, "a", folder)
+    (tmp_path / "out" / "rd_ms_ssim.png").write_text("of an earlier evaluation, which measured MS-SSIM")
     run(tmp_path, "a", folder)
+    assert not (tmp_path / "out" / "rd_ms_ssim.png").exists()
+
+
+def test_links_in_a_circle_are_left_out_with_a_warning(folder: Path) -> None:
+    (folder / "loop.png").symlink_to("loop.png")
+    warnings: list[str] = []
+    assert evaluate.find_photos(folder, warnings.append, folder / "out")
+    assert f"{folder / 'loop.png'} cannot be used: cannot be read: Too many levels of symbolic links" in warnings[-1]
+
+
+def test_a_cache_without_a_place_costs_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Path("~nobody-here").expanduser)  # raises RuntimeError
+    cache = baselines.Cache(baselines.default_cache())
+    for key in ("a", "b", "a"):
+        assert cache.get_or_measure(key, lambda: {"key": key}) == {"key": key}  # noqa: B023
+    assert len(caplog.messages) == 1 and "baselines are measured again next time" in caplog.text
 
 
 def test_a_file_larger_than_an_image_can_be_is_left_out(folder: Path) -> None:

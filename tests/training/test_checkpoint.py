@@ -127,18 +127,29 @@ def test_the_last_checkpoints_and_the_best_weights_are_kept(tmp_path: Path) -> N
     assert loaded is not None and loaded[1]["again"]
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, ConfigError), (errno.EIO, StorageError)])
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        (OSError(errno.EACCES, "Permission denied"), ConfigError),
+        (MemoryError(), ConfigError),
+        (OSError(errno.EIO, "Input/output error"), StorageError),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), StorageError),
+    ],
+    ids=str,
+)
 def test_a_file_that_cannot_be_read_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: Exception, kind: type[Exception]
 ) -> None:
     fill(tmp_path, 1, 2)
 
     def fail(*args: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise reason
 
     monkeypatch.setattr(zipfile, "ZipFile", fail)
     for load in (lambda: checkpoint.load_newest(tmp_path, pytest.fail), lambda: storage.load_state(tmp_path / "x.npz")):
-        with pytest.raises(kind, match=f"npz cannot be read: {os.strerror(number)}"):
+        with pytest.raises(
+            kind, match=f"npz cannot be read: {getattr(reason, 'strerror', 'there is not enough memory')}"
+        ):
             load()
 
 
@@ -169,6 +180,9 @@ def test_a_write_that_a_signal_interrupts_leaves_nothing(tmp_path: Path) -> None
 def test_a_link_keeps_leading_to_its_file_and_a_device_stays(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real/file")
+    (tmp_path / "loop").symlink_to("loop")
+    storage.write_text(tmp_path / "loop", "text")  # this link leads nowhere, so the file takes its place
+    assert (tmp_path / "loop").read_text() == "text"
     os.mkfifo(tmp_path / "device")
     for _ in range(2):
         storage.write_text(tmp_path / "link", "text")
@@ -196,10 +210,11 @@ def test_a_folder_may_be_unable_to_sync(
 
 
 def test_only_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
-    for name in (".step-000000001.npz.123.tmp", ".mine.tmp", "x.123.tmp"):
+    others = [".download.4711.tmp", ".mine.tmp", ".step-000000001.npz.tmp", "step-000000001.npz.123.tmp"]
+    for name in (".step-000000001.npz.123.tmp", *others):
         (tmp_path / name).write_bytes(b"")
-    storage.remove_unfinished(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "x.123.tmp"]
+    storage.remove_unfinished(tmp_path, r"step-\d+\.npz|best\.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == others
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,20 @@ def test_runs_that_go_while_they_are_read_are_left_out(tmp_path: Path, monkeypat
     monkeypatch.setattr(runs, "find_runs", lambda folders: found)
     shutil.rmtree(tmp_path / "a")
     (tmp_path / "b" / "metrics.jsonl").unlink()
-    (summary,) = runs.summarise_all([tmp_path])
+    (summary,) = runs.summarise_all([tmp_path], pytest.fail)
     assert summary["run"] == str(tmp_path / "b") and summary["bytes"] == len("seed: 0\n")
+
+
+def test_runs_behind_links_are_listed_and_one_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    for place, text in (("runs/a", "seed: 0\n"), ("scratch/b", "seed: 0\n"), ("runs/c", "from: the future\n")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "lock").touch()
+        (tmp_path / place / "config.yaml").write_text(text)
+    (tmp_path / "runs" / "linked").symlink_to("../scratch/b")
+    warnings: list[str] = []
+    summaries = runs.summarise_all([tmp_path / "runs"], warnings.append)
+    assert [Path(summary["run"]).name for summary in summaries] == ["a", "linked"]
+    assert len(warnings) == 1 and "c is left out: " in warnings[0] and "unknown key `from`" in warnings[0]
 
 
 def test_the_names_of_runs_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +201,7 @@ def test_the_names_of_runs_cannot_command_the_terminal(tmp_path: Path, capsys: p
     numbers = {"trained_steps": 3, "step": 2, "lambda": 0.1}
     (folder / "y" / "results.json").write_text(json.dumps({**numbers, "split": "\x1b[31mval"}))
     terminal = Terminal()
-    terminal.say(runs.make_table(runs.summarise_all([folder])))
+    terminal.say(runs.make_table(runs.summarise_all([folder], pytest.fail)))
     terminal.say(runs.make_comparison_table(runs.compare(*runs.find_runs([folder]))))
     output = capsys.readouterr().out
     assert "\x1b" not in output and "[red]a" in output and "x\\x1b[31m[bold]" in output
