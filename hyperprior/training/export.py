@@ -76,7 +76,7 @@ def export(
         replaced = existing.fingerprint
 
     check_replacement(out / box.WEIGHTS, weights, force)
-    made, arrays, description = make_exported(trained, weights, str(out), terminal.warn)
+    made, arrays, description = make_exported(trained, weights, str(out), terminal.say)
     try:
         with replace_directory(out) as folder:
             save_exported(folder / box.WEIGHTS, arrays, description)
@@ -112,7 +112,7 @@ def export_file(run: Path, out: Path, terminal: Terminal, force: bool) -> dict[s
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = storage.fingerprint(trained.arrays)
     check_replacement(out, weights, force)
-    _, arrays, description = make_exported(trained, weights, str(out), terminal.warn)
+    _, arrays, description = make_exported(trained, weights, str(out), terminal.say)
     save_exported(out, arrays, description)
     return report_exported(out, description, terminal)
 
@@ -158,7 +158,7 @@ def save_exported(path: Path, arrays: Arrays, description: dict[str, Any]) -> No
 
 
 def make_exported(
-    trained: TrainedWeights, weights: str, origin: str, warn: Callable[[str], None]
+    trained: TrainedWeights, weights: str, origin: str, say: Callable[[str], None]
 ) -> tuple[Codec, Arrays, dict[str, Any]]:
     """The codec of trained weights, rounded first, with its arrays and their description."""
     stored = {name: shorten(array) for name, array in trained.arrays.items()}
@@ -170,7 +170,7 @@ def make_exported(
     arrays = making.make_arrays(rounded) | floats
     info: dict[str, Any] = {"step": trained.step, "weights": weights, "version": __version__}
     made = Codec(arrays, trained.settings, info, origin)
-    info["exactness"] = measure_cost(model, made, warn)
+    info["exactness"] = measure_cost(model, made, say)
     description = {
         "format": box.FORMAT,
         "fingerprint": made.fingerprint,
@@ -203,7 +203,7 @@ def report_exported(out: Path, description: dict[str, Any], terminal: Terminal) 
 # The cost of exactness ------------------------------------------------------------------------------------
 
 
-def measure_cost(model: ScaleHyperprior, made: Codec, warn: Callable[[str], None]) -> dict[str, Any]:
+def measure_cost(model: ScaleHyperprior, made: Codec, say: Callable[[str], None]) -> dict[str, Any]:
     """Measures the rate that integers and tables cost on a few held-out images.
 
     Returns bits per pixel: the float model's estimate, the estimate with integer h_s, and the size of real files.
@@ -224,7 +224,7 @@ def measure_cost(model: ScaleHyperprior, made: Codec, warn: Callable[[str], None
             real += 8 * len(file)
     except DataError as error:
         remote = any(shards.is_remote(source) for name in SOURCES for source in getattr(made.config.data, name))
-        warn(str(error) + NOT_KEPT * remote)
+        say(f"         {error}{NOT_KEPT * remote}")
         return {"images": 0, "reason": "the run's images cannot be read"}  # a model names no sources
     values = {"bpp_float": estimate, "bpp_exact": exact_estimate, "bpp_file": real}
     return {"images": len(images), **{name: bits / pixels for name, bits in values.items()}}
