@@ -379,7 +379,6 @@ def evaluate(
 
     Example: `hyperprior evaluate runs/a runs/b runs/c runs/d --images kodak/ --out results/`
     """
-
     if engine != "numpy" and stack.is_installed():
         stack.restart_with_allocator()
         stack.start_tensorflow()

@@ -152,7 +152,7 @@ def open_image(data: bytes, formats: Optional[tuple[str, ...]] = TRAINING_FORMAT
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             try:
                 image = Image.open(io.BytesIO(without_png_metadata(data)), formats=formats)
-            except Exception:
+            except Exception:  # Pillow raises many types, too, for a segment of a JPEG that libjpeg would ignore
                 if not is_jpeg(data):
                     raise
                 image = Image.open(io.BytesIO(without_jpeg_metadata(data)), formats=formats)

@@ -92,16 +92,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], check: Optional[C
 
 def sync_folder(folder: Path) -> None:
     """Makes the renames in a folder durable."""
-    descriptor = None
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def remove_unfinished(folder: Path, names: str) -> None:

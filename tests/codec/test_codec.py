@@ -99,8 +99,11 @@ def test_every_size_comes_back_with_the_symbols_that_were_encoded(codec: Codec, 
     decoded = codec.decompress(data)
     assert decoded.shape == image.shape and decoded.dtype == np.uint8
     whole = codec.engine.synthesise(y)[0, :height, :width]
-    levels = np.abs(decoded.astype(int) - whole)  # TensorFlow may add up tiles of other widths in another order
-    assert levels.max() <= 1 and np.mean(levels > 0) < 1e-3
+    if codec.choice == "numpy":
+        assert np.array_equal(decoded, whole)
+    else:
+        levels = np.abs(decoded.astype(int) - whole)  # TensorFlow may add up tiles of other widths in another order
+        assert levels.max() <= 1 and np.mean(levels > 0) < 1e-3
 
 
 @pytest.mark.parametrize("density", ["gaussian", "logistic"])
