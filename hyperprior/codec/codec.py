@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from hyperprior import config, stack, storage
-from hyperprior.codec import box, container, exact, range_coder, tiles
+from hyperprior.codec import adaptation, box, container, exact, range_coder, tiles
+from hyperprior.codec.adaptation import Adaptation
 from hyperprior.codec.numpy_engine import NumPyEngine
-from hyperprior.codec.symbols import Decoder, Encoder
+from hyperprior.codec.symbols import CodedImage, Decoder, Encoder
 from hyperprior.codec.tables import INT16, Tables, apply_dead_zone
 from hyperprior.codec.tiles import TILE, Y_PIXELS, Z_ELEMENTS, Span, blocks, strips
 from hyperprior.config import DOWNSAMPLING
@@ -73,6 +74,10 @@ class Codec:
     @functools.cached_property
     def dead_zone(self) -> np.ndarray:
         return self.tables.dead_zone(self.counts, self.config.model.num_scales)
+
+    @functools.cached_property
+    def costs(self) -> np.ndarray:
+        return adaptation.make_costs(self.tables, self.counts, self.config.model.num_scales)
 
     @functools.cached_property
     def error_weight(self) -> float:
@@ -180,22 +185,33 @@ class Codec:
                 f"written with model {stream.fingerprint.hex()}; {self.origin} is model {self.fingerprint}: "
                 f"use the model that wrote it"
             )
+        self.adaptation_of(stream)
         return stream
+
+    def adaptation_of(self, stream: container.Stream) -> Adaptation:
+        return adaptation.from_words(stream.adapted, self.config.model.latent_channels)
 
     def latents(self, data: bytes) -> np.ndarray:
         """ŷ of a file: [H/16, W/16, M] int16 (H, W rounded up to multiples of 64). Raises BitstreamError."""
         return self.decode([self.read(data)])[0][0]
 
     def estimated_bits(self, data: bytes) -> float:
-        """−log2 p of a file's latents under the model's own densities: y and z together. Raises BitstreamError."""
-        y, z = self.decode([self.read(data)])
+        """−log2 p of a file's latents under the model's densities, adapted as the file says: y and z together.
+
+        Raises BitstreamError.
+        """
+        stream = self.read(data)
+        y, z = self.decode([stream])
+        is_difference, shift = self.adaptation_of(stream)
+        y[0][..., is_difference] = adaptation.differences(y[0][..., is_difference])
         prior = storage.with_prefix("prior/", self.weights)
         z_hat = z.reshape(-1, z.shape[-1]) + exact.offset_values(self.z_offsets)
         total = densities.bits_of_z(prior, z_hat)
         model = self.config.model
         for rows in strips(z.shape, tiles.H_S_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
-            total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], exact.scales(sums, model), model.density)
+            scales = exact.scales(sums + shift * 2.0**exact.SUM_BITS, model)
+            total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], scales, model.density)
         return total
 
     # The steps of compression and decompression: images ↔ latents ↔ strings -------------------------------
@@ -229,6 +245,11 @@ class Codec:
 
         For a model trained for MS-SSIM, only `z` changes, so the decoded image stays the same.
         """
+        is_difference, shift = self.choose_adaptations(y, self.all_indexes(z))[0]
+        predictions = np.zeros_like(y)
+        followed = y[0][..., is_difference]
+        predictions[0][..., is_difference] = followed - adaptation.differences(followed)
+        factors = np.exp(exact.log_scale_table(self.config.model)[1] * shift).astype(np.float32)
         for rows, columns in tiles.tiles(z.shape, TILE // Z_ELEMENTS, tiles.SEARCH_MARGIN):
             place = (slice(None), rows.source(), columns.source())
             y_place = (slice(None), rows.source(Z_ELEMENTS), columns.source(Z_ELEMENTS))
@@ -240,7 +261,7 @@ class Codec:
             may_change[:, rows.inside(), columns.inside()] = 1.0
             x = x[None] / np.float32(255.0)
             y[y_place], z[place] = self.tensorflow_engine.search(
-                y[y_place], z[place], x, is_image, may_change, self.error_weight, effort
+                predictions[y_place], factors, y[y_place], z[place], x, is_image, may_change, self.error_weight, effort
             )
 
     def indexes(self, z: np.ndarray, rows: Span) -> np.ndarray:
@@ -250,22 +271,45 @@ class Codec:
 
     def encode(self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[container.Stream]:
         """The streams of latents; `sizes`: (height, width) of each image."""
-        encoder = Encoder(self.engine.encoder(len(sizes)), self.tables, sizes)
+        index = self.all_indexes(z)
+        chosen = self.choose_adaptations(y, index)
+        shifts = np.stack([shift for _, shift in chosen])[:, None, None]
+        differences = [adaptation.differences(own[..., is_difference]) for own, (is_difference, _) in zip(y, chosen)]
+        images = [CodedImage(*size, adaptation.to_words(own)) for size, own in zip(sizes, chosen)]
+        encoder = Encoder(self.engine.encoder(len(sizes)), self.tables, images)
         encoder.put(z, np.broadcast_to(self.z_index, z.shape))
         for rows in strips(z.shape, tiles.H_S_MARGIN):
-            encoder.put(y[:, rows.target(Z_ELEMENTS)], self.indexes(z, rows))
+            part = rows.target(Z_ELEMENTS)
+            values = y[:, part].astype(np.int32)
+            for own, (is_difference, _), d in zip(values, chosen, differences):
+                own[..., is_difference] = d[part]
+            encoder.put(values, np.clip(index[:, part] + shifts, 0, self.config.model.num_scales - 1))
         return encoder.finish(bytes.fromhex(self.fingerprint))
+
+    def all_indexes(self, z: np.ndarray) -> np.ndarray:
+        """`indexes` of all rows, in the smallest type that holds them."""
+        smallest = np.min_scalar_type(self.config.model.num_scales)
+        parts = [self.indexes(z, rows).astype(smallest) for rows in strips(z.shape, tiles.H_S_MARGIN)]
+        return np.concatenate(parts, axis=1)
+
+    def choose_adaptations(self, y: np.ndarray, index: np.ndarray) -> list[Adaptation]:
+        return [adaptation.choose(*image, self.costs) for image in zip(y, index)]
 
     def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
         """ŷ [B, h, w, M] int16 and the integers of ẑ of streams with one padded size. Raises BitstreamError."""
+        adaptations = [self.adaptation_of(stream) for stream in streams]
+        shifts = np.stack([shift for _, shift in adaptations])[:, None, None]
         decoder = Decoder(self.engine.decoder([stream.coded for stream in streams]), self.tables, streams)
         count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
         z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
         y_shape = (count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, self.config.model.latent_channels)
         y = np.empty(y_shape, np.int16)
         for rows in strips(z.shape, tiles.H_S_MARGIN):
-            y[:, rows.target(Z_ELEMENTS)] = decoder.take(self.indexes(z, rows))
+            index = np.clip(self.indexes(z, rows) + shifts, 0, self.config.model.num_scales - 1)
+            y[:, rows.target(Z_ELEMENTS)] = decoder.take(index)
         decoder.finish()
+        for own, (is_difference, _) in zip(y, adaptations):
+            own[..., is_difference] = adaptation.restore(own[..., is_difference])
         return y, z
 
     def pixels_of(self, y: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hyperprior.codec import container
+from hyperprior.codec import adaptation, container
+from hyperprior.codec.adaptation import LEAST_SHIFT, SHIFTS, VALUES, WORD
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.exact import SUM_BITS
 from hyperprior.codec.tables import LARGEST, Tables
@@ -56,17 +57,26 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
     index = indexes(codec, z)
     nearest = tf.cast(tf.minimum(tf.round(tf.abs(y)), float(LARGEST)), tf.int32)
     y = round_to_int16(y - tf.sign(y) * tf.gather_nd(codec.dead_zone, tf.stack([index, nearest], -1)))
+    is_difference, shift = choose(codec, y[0], index[0])
+    y, index = tf.where(is_difference, differences(y[0])[None], y), shift_index(codec, index, shift)
     handle = operations.create_range_encoder([1], codec.tables.lookup)
     handle, z_outside = encode(operations, handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
     handle, y_outside = encode(operations, handle, codec.tables, y, index)
     coded = operations.entropy_encode_finalize(handle)[0]
     escapes = tf.concat([tf.boolean_mask(z, z_outside), tf.boolean_mask(y, y_outside)], 0)
+    words = WORD * tf.range(tf.size(shift)) + SHIFTS * tf.cast(is_difference, tf.int32) + shift - LEAST_SHIFT
+    words = tf.boolean_mask(words, is_difference | (shift != 0))
+    count = tf.size(words)
     body = tf.strings.join(
         [
-            container.MAGIC + bytes([container.VERSION]) + bytes.fromhex(codec.fingerprint),
+            container.MAGIC,
+            to_bytes([tf.where(count > 0, 2, 1)], 1),
+            bytes.fromhex(codec.fingerprint),
             to_bytes([height, width], 2),
             to_bytes([tf.strings.length(coded), tf.size(escapes)], 4),
-            to_bytes([checksum(height, width, z, y)], 4),
+            to_bytes([checksum(height, width, words, z, y)], 4),
+            tf.where(count > 0, to_bytes([count], 2), ""),
+            to_bytes(words, 2),
             coded,
             to_bytes(escapes, 2),
         ]
@@ -75,17 +85,19 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
 
 
 def decompress_in_graph(codec: Codec, operations: Any, file: tf.Tensor) -> tf.Tensor:
-    height, width, coded, escapes, stored_checksum = read(file, codec.fingerprint)
+    height, width, words, coded, escapes, stored_checksum = read(file, codec)
+    is_difference, shift = from_words(words, codec.config.model.latent_channels)
     rows, columns = (-(-side // DOWNSAMPLING) for side in (height, width))
     handle = operations.create_range_decoder([coded], codec.tables.lookup)
     z_index = tf.broadcast_to(codec.z_index, (1, rows, columns, len(codec.z_index)))
     handle, z, z_escaped = decode(operations, handle, codec.tables, z_index)
     num_z_escapes = tf.math.count_nonzero(z_escaped, dtype=tf.int32)
     z = fill_escapes(z, z_escaped, escapes[:num_z_escapes])
-    handle, y, y_escaped = decode(operations, handle, codec.tables, indexes(codec, z))
+    handle, y, y_escaped = decode(operations, handle, codec.tables, shift_index(codec, indexes(codec, z), shift))
     y = fill_escapes(y, y_escaped, escapes[num_z_escapes:])
-    is_same = checksum(height, width, z, y) == stored_checksum
+    is_same = checksum(height, width, words, z, y) == stored_checksum
     tf.debugging.Assert(is_same, ["decodes to other symbols than were encoded"])
+    y = restore(y[0], is_difference)[None]
     return codec.tensorflow_engine.synthesise_in_graph(tf.cast(y, tf.float32))[0, :height, :width]
 
 
@@ -111,36 +123,111 @@ def decode(operations: Any, handle: tf.Tensor, tables: Tables, index: tf.Tensor)
     return handle, symbols + tf.gather(tables.first, index), symbols >= tf.gather(tables.escape, index)
 
 
-def read(file: tf.Tensor, fingerprint: str) -> tuple[tf.Tensor, ...]:
-    """`container.read` in a graph: int32 height and width, the coded string, int32 escapes [E], int64 checksum.
+def read(file: tf.Tensor, codec: Codec) -> tuple[tf.Tensor, ...]:
+    """`container.read` in a graph: int32 height, width and words of adapted channels, the coded string, int32 escapes
+    [E], int64 checksum.
 
     Every check passes before any part of the result is computed.
     """
     size = tf.strings.length(file)
-    checks = [tf.debugging.Assert(size >= container.OVERHEAD, ["cut off", size])]
+    checks = [tf.debugging.Assert(size >= container.HEADERS[2].size, ["cut off", size])]
     data = tf.io.decode_raw(file, tf.uint8)
-    magic = tf.constant(list(container.MAGIC + bytes([container.VERSION])), tf.uint8)
-    checks += [tf.debugging.Assert(tf.reduce_all(data[:5] == magic), ["not a .hyp file of version 1"])]
-    own_fingerprint = tf.constant(list(bytes.fromhex(fingerprint)), tf.uint8)
+    is_magic = tf.reduce_all(data[:4] == list(container.MAGIC)) & ((data[4] == 1) | (data[4] == 2))
+    checks += [tf.debugging.Assert(is_magic, ["not a .hyp file of version 1 or 2"])]
+    own_fingerprint = tf.constant(list(bytes.fromhex(codec.fingerprint)), tf.uint8)
     checks += [tf.debugging.Assert(tf.reduce_all(data[5:13] == own_fingerprint), ["written with another model"])]
     height, width = tf.unstack(from_bytes(data[13:17], 2), num=2)
     length, count, stored_checksum = tf.unstack(from_bytes(data[17:29], 4), num=3)
-    total = container.OVERHEAD + length + 2 * count
+    is_adapted = data[4] == 2
+    words_at = tf.where(is_adapted, container.HEADERS[2].size, container.HEADERS[1].size)
+    adapted = tf.where(is_adapted, tf.cast(from_bytes(data[29:31], 2)[0], tf.int32), 0)
+    begin = words_at + 2 * adapted
+    total = tf.cast(begin, tf.int64) + length + 2 * count + container.CRC.size
     checks += [tf.debugging.Assert(total == tf.cast(size, tf.int64), ["length does not match the header"])]
     crc = from_bytes(data[-4:], 4)[0]
     checks += [tf.debugging.Assert(crc == crc32(data[:-4]), ["bytes do not match their CRC-32"])]
     is_allowed = (tf.minimum(height, width) > 0) & (height * width <= container.MAX_PIXELS)
     checks += [tf.debugging.Assert(is_allowed, ["image size not accepted", height, width])]
+    checks += [tf.debugging.Assert(is_adapted == (adapted > 0), ["version 2 without adapted channels"])]
     with tf.control_dependencies(checks):
         data, file, height, width = map(tf.identity, (data, file, height, width))
-    end = container.HEADER.size + length
+    end = tf.cast(begin, tf.int64) + length
     escapes = from_bytes(data[end : end + 2 * count], 2)
     return (
         tf.cast(height, tf.int32),
         tf.cast(width, tf.int32),
-        tf.strings.substr(file, container.HEADER.size, tf.cast(length, tf.int32)),
+        tf.cast(from_bytes(data[words_at:begin], 2), tf.int32),
+        tf.strings.substr(file, begin, tf.cast(length, tf.int32)),
         tf.cast(tf.where(escapes < 2**15, escapes, escapes - 2**16), tf.int32),
         stored_checksum,
+    )
+
+
+# The functions of `adaptation`, in a graph -----------------------------------------------------------------
+
+
+def from_words(words: tf.Tensor, channels: int) -> tuple[tf.Tensor, tf.Tensor]:
+    numbers, rest = words // WORD, words % WORD
+    is_valid = tf.reduce_all(numbers[1:] > numbers[:-1]) & tf.reduce_all(numbers < channels)
+    with tf.control_dependencies([tf.debugging.Assert(is_valid, ["list of adapted channels not accepted"])]):
+        places = tf.identity(numbers)[:, None]
+    is_difference = tf.scatter_nd(places, tf.cast(rest >= SHIFTS, tf.int32), [channels]) > 0
+    return is_difference, tf.scatter_nd(places, rest % SHIFTS + LEAST_SHIFT, [channels])
+
+
+def choose(codec: Codec, y: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    step = -(-tf.shape(y)[0] * tf.shape(y)[1] // adaptation.SAMPLE)
+    values, d = y[::step], differences(y)[::step]
+    is_difference = 4 * tf.reduce_sum(tf.abs(d), [0, 1]) < 3 * tf.reduce_sum(tf.abs(values), [0, 1])
+    costs = tf.constant(codec.costs)
+    rows = costs.shape[1] * index[::step] + VALUES
+
+    def cost(values: tf.Tensor, row: Any) -> tf.Tensor:
+        places = rows + tf.clip_by_value(values, -VALUES, VALUES) + row * costs.shape[1]
+        return tf.reduce_sum(tf.gather(tf.reshape(costs, [-1]), places), [0, 1])
+
+    coded = tf.where(is_difference, d, values)
+    totals = tf.map_fn(lambda row: cost(coded, row), tf.range(SHIFTS))
+    gains = step * (cost(values, -LEAST_SHIFT) - tf.reduce_min(totals, 0))
+    pays = (gains > adaptation.LEAST_GAIN) & (tf.range(tf.size(gains)) < adaptation.MOST_CHANNELS)
+    return is_difference & pays, tf.where(pays, tf.argmin(totals, 0, tf.int32) + LEAST_SHIFT, 0)
+
+
+def shift_index(codec: Codec, index: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+    return tf.clip_by_value(index + shift, 0, codec.config.model.num_scales - 1)
+
+
+def wrap(x: tf.Tensor) -> tf.Tensor:
+    return (x + 2**15) % 2**16 - 2**15
+
+
+def differences(y: tf.Tensor) -> tf.Tensor:
+    above = tf.concat([tf.pad(y[:1, :-1], [[0, 0], [1, 0], [0, 0]]), y[:-1]], 0)
+    left = tf.concat([above[:, :1], y[:, :-1]], 1)
+    return wrap(y - (left + above) // 2)
+
+
+def restore(y: tf.Tensor, is_difference: tf.Tensor) -> tf.Tensor:
+    """y [h, w, M], whose channels `is_difference` hold differences."""
+    channels = tf.where(is_difference)[:, 0]
+    d = tf.gather(y, channels, axis=2)
+    height, width, count = tf.unstack(tf.shape(d))
+    rows = tf.range(height)[:, None]
+    padded = tf.reshape(tf.pad(d, [[0, 0], [0, height], [0, 0]]), [height * (width + height), count])
+    skewed = tf.transpose(tf.reshape(padded[:-height], [height, width + height - 1, count]), [1, 0, 2])
+
+    def next_diagonal(column: tf.Tensor, inputs: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        number, d = inputs
+        above = tf.concat([column[:1], column[:-1]], 0)
+        left = tf.where(rows == number, above, column)
+        return wrap(d + (left + above) // 2)
+
+    diagonals = tf.scan(next_diagonal, (tf.range(width + height - 1), skewed), tf.zeros([height, count], tf.int32))
+    flat = tf.reshape(tf.transpose(diagonals, [1, 0, 2]), [height * (width + height - 1), count])
+    restored = tf.reshape(tf.pad(flat, [[0, height], [0, 0]]), [height, width + height, count])[:, :width]
+    return tf.transpose(
+        tf.tensor_scatter_nd_update(tf.transpose(y, [2, 0, 1]), channels[:, None], tf.transpose(restored, [2, 0, 1])),
+        [1, 2, 0],
     )
 
 

@@ -42,7 +42,7 @@ class TensorFlowEngine:
         self.hyper_analyse = as_graph(self.hyper_analyse_in_graph, m, tf.float32)
         self.index_sums = as_graph(self.index_sums_in_graph, c, tf.int32)
         self.synthesise = as_graph(self.synthesise_in_graph, m, tf.float32)
-        shapes = [[1, None, None, channels] for channels in (m, c, 3, 1, 1)]
+        shapes = [[1, None, None, m], [m], *([1, None, None, channels] for channels in (m, c, 3, 1, 1))]
         signature = [*(tf.TensorSpec(shape, tf.float32) for shape in shapes)]
         signature += [tf.TensorSpec([], tf.float32), tf.TensorSpec([], tf.int32)]
         self.search = make_graph(self._search, signature)
@@ -72,8 +72,11 @@ class TensorFlowEngine:
         x = tf.clip_by_value(self.model.g_s(y), 0.0, 1.0)
         return tf.cast(tf.round(x * 255.0), tf.uint8)
 
-    def _search(self, *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """`search.search` with this model's transforms and prior; `inputs`: its arguments from `y` on."""
+    def _search(self, predictions: tf.Tensor, factors: tf.Tensor, *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """`search.search` with this model's transforms and prior; `inputs`: its arguments from `y` on.
+
+        The bits of y are those of its difference from `predictions` [1, h, w, M], with scales times `factors` [M].
+        """
         offsets = exact.offset_values(self.z_offsets)
 
         def scales(z: tf.Tensor) -> tf.Tensor:
@@ -82,7 +85,10 @@ class TensorFlowEngine:
         def bits_of_z(z: tf.Tensor) -> tf.Tensor:
             return self.model.prior.bits_each(z + offsets)
 
-        return search.search(self.model.g_s, scales, self.model.bits_of_each_y, bits_of_z, *inputs)
+        def bits_of_y(y: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
+            return self.model.bits_of_each_y(y - predictions, scales * factors)
+
+        return search.search(self.model.g_s, scales, bits_of_y, bits_of_z, *inputs)
 
 
 def make_graph(run: Any, signature: list[tf.TensorSpec]) -> Any:

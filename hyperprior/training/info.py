@@ -59,10 +59,11 @@ def info_of_file(data: bytes, model: Optional[str]) -> dict[str, Any]:
         "height": stream.height,
         "bytes": len(data),
         "bpp": 8 * len(data) / (stream.width * stream.height),
-        "version": container.VERSION,
+        "version": stream.version,
         "model": fingerprint,
         "symbols_bytes": len(stream.coded),
         "escapes": len(stream.escapes),
+        "adapted_channels": len(stream.adapted),
         "checksum": f"{stream.checksum:08x}",
     }
     if release := box.find_release(fingerprint):
