@@ -23,7 +23,7 @@ MOST_CHANNELS = 2**16 // WORD  # those beyond cannot change
 VALUES = 2048  # larger values cost as much as this one
 UNIT = 256  # costs are integers in units of 1/256 bit, so that sums are the same everywhere
 SAMPLE = 4096  # elements of a channel, about, that an encoder looks at
-LEAST_GAIN = 32 * UNIT  # a word takes half of it
+LEAST_GAIN = 16 * UNIT  # what a word takes
 
 
 class Adaptation(NamedTuple):

@@ -73,7 +73,14 @@ class Codec:
 
     @functools.cached_property
     def dead_zone(self) -> np.ndarray:
-        return self.tables.dead_zone(self.counts, self.config.model.num_scales)
+        return self.tables.dead_zone(self.counts, self.bits_per_square)
+
+    @functools.cached_property
+    def bits_per_square(self) -> np.ndarray:
+        """What a squared error of 1 in y is worth to the encoder, for each scale: [num_scales]."""
+        model = self.config.model
+        scales = exact.scales(np.arange(model.num_scales) * 2.0**exact.SUM_BITS, model)
+        return np.where(self.config.loss.metric == "mse", 40.0 * scales / (scales + 0.3), densities.BITS_PER_SQUARE)
 
     @functools.cached_property
     def costs(self) -> np.ndarray:
@@ -204,6 +211,10 @@ class Codec:
         y, z = self.decode([stream])
         is_difference, shift = self.adaptation_of(stream)
         y[0][..., is_difference] = adaptation.differences(y[0][..., is_difference])
+        return self.bits_of_latents(y, z, shift)
+
+    def bits_of_latents(self, y: np.ndarray, z: np.ndarray, shift: Any = 0) -> float:
+        """−log2 p of integers [B, h, w, M] and [B, h/4, w/4, C]; `shift`: of y's scale indexes, for each channel."""
         prior = storage.with_prefix("prior/", self.weights)
         z_hat = z.reshape(-1, z.shape[-1]) + exact.offset_values(self.z_offsets)
         total = densities.bits_of_z(prior, z_hat)

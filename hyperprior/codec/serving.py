@@ -177,10 +177,10 @@ def from_words(words: tf.Tensor, channels: int) -> tuple[tf.Tensor, tf.Tensor]:
 
 def choose(codec: Codec, y: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     step = -(-tf.shape(y)[0] * tf.shape(y)[1] // adaptation.SAMPLE)
-    values, d = y[::step], differences(y)[::step]
+    values, d, index = (tf.ensure_shape(x[::step], [None, None, x.shape[2]]) for x in (y, differences(y), index))
     is_difference = 4 * tf.reduce_sum(tf.abs(d), [0, 1]) < 3 * tf.reduce_sum(tf.abs(values), [0, 1])
     costs = tf.constant(codec.costs)
-    rows = costs.shape[1] * index[::step] + VALUES
+    rows = costs.shape[1] * index + VALUES
 
     def cost(values: tf.Tensor, row: Any) -> tf.Tensor:
         places = rows + tf.clip_by_value(values, -VALUES, VALUES) + row * costs.shape[1]
@@ -189,7 +189,7 @@ def choose(codec: Codec, y: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.
     coded = tf.where(is_difference, d, values)
     totals = tf.map_fn(lambda row: cost(coded, row), tf.range(SHIFTS))
     gains = step * (cost(values, -LEAST_SHIFT) - tf.reduce_min(totals, 0))
-    pays = (gains > adaptation.LEAST_GAIN) & (tf.range(tf.size(gains)) < adaptation.MOST_CHANNELS)
+    pays = (gains > adaptation.LEAST_GAIN) & (np.arange(y.shape[2]) < adaptation.MOST_CHANNELS)
     return is_difference & pays, tf.where(pays, tf.argmin(totals, 0, tf.int32) + LEAST_SHIFT, 0)
 
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from hyperprior.codec.range_coder import Counts
-from hyperprior.model.densities import BITS_PER_SQUARE
 
 # Larger integers have the dead zone of this one. In narrow tables they are rare; in wide ones there is almost none.
 LARGEST = 15
@@ -37,17 +36,18 @@ class Tables(NamedTuple):
         if (self.escape != np.array(symbols) - 1).any() or (np.abs(self.first.astype(np.int64)) > -INT16.min).any():
             raise ValueError("first values or escapes do not fit the tables")
 
-    def dead_zone(self, counts: Counts, num_scales: int) -> np.ndarray:
+    def dead_zone(self, counts: Counts, weights: np.ndarray) -> np.ndarray:
         """The encoder rounds |y| up to k from k − ½ plus this on: [num_scales, LARGEST + 1] float32.
 
         An integer k costs more bits than k − 1, and is worth them if the error is smaller by as much. With a squared
-        error worth w bits this is so for |y| > k − ½ + (bits(k) − bits(k − 1)) / 2w.
+        error worth w bits this is so for |y| > k − ½ + (bits(k) − bits(k − 1)) / 2w. At k + ½, k + 1 is nearer.
+        `weights`: w for each of y's scales.
         """
-        shifts = np.zeros((num_scales, LARGEST + 1), np.float32)
-        for table, cumulative in enumerate(counts.cumulative[:num_scales]):
+        shifts = np.zeros((len(weights), LARGEST + 1), np.float32)
+        for table, (weight, cumulative) in enumerate(zip(weights, counts.cumulative)):
             symbols = np.clip(np.arange(LARGEST + 1) - self.first[table], 0, self.escape[table])
             bits = -np.log2(np.diff(cumulative)[symbols])
-            shifts[table, 1:] = np.maximum(np.diff(bits), 0.0) / (2.0 * BITS_PER_SQUARE)
+            shifts[table, 1:] = np.clip(np.diff(bits) / (2.0 * weight), 0.0, 1.0)
         return shifts
 
 

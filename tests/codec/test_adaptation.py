@@ -103,6 +103,20 @@ def decompress(request: pytest.FixtureRequest) -> Any:
     return run
 
 
+@pytest.mark.parametrize("sample", [adaptation.SAMPLE, 30])  # of the second every tenth row
+def test_the_served_codec_adapts_in_the_same_way(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptation, "SAMPLE", sample)
+    tf = needs_tensorflow()
+    model, operations = random_codec(SETTINGS, "tensorflow"), native.load_operations().module
+    if not operations:
+        pytest.skip("needs the C++ range coder")
+    from hyperprior.codec import serving
+
+    image = picture(6, 300, 200)
+    file = serving.compress_in_graph(model, operations, tf.constant(image)).numpy()
+    assert model.read(file).version == 2 and file == model.compress(image)
+
+
 def test_a_wrong_list_is_an_error(decompress: Any) -> None:
     model = random_codec(SETTINGS, "numpy")
     data = model.compress(picture(5, 100, 70))
