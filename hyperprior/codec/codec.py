@@ -203,7 +203,7 @@ class Codec:
         return self.decode([self.read(data)])[0][0]
 
     def estimated_bits(self, data: bytes) -> float:
-        """−log2 p of a file's latents under the model's densities, adapted as the file says: y and z together.
+        """−log2 p of a file's y and z under the model's densities, adapted as the file says, and the bits that say so.
 
         Raises BitstreamError.
         """
@@ -211,7 +211,7 @@ class Codec:
         y, z = self.decode([stream])
         is_difference, shift = self.adaptation_of(stream)
         y[0][..., is_difference] = adaptation.differences(y[0][..., is_difference])
-        return self.bits_of_latents(y, z, shift)
+        return self.bits_of_latents(y, z, shift) + 16 * stream.adapted.size
 
     def bits_of_latents(self, y: np.ndarray, z: np.ndarray, shift: Any = 0) -> float:
         """−log2 p of integers [B, h, w, M] and [B, h/4, w/4, C]; `shift`: of y's scale indexes, for each channel."""

@@ -39,7 +39,7 @@ class Stream(NamedTuple):
     @property
     def overhead(self) -> int:
         """Bytes of the file that are not payload."""
-        return HEADERS[self.version].size + 2 * self.adapted.size + CRC.size
+        return HEADERS[self.version].size + CRC.size
 
 
 def write(stream: Stream) -> bytes:

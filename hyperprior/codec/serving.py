@@ -234,8 +234,9 @@ def restore(y: tf.Tensor, is_difference: tf.Tensor) -> tf.Tensor:
 def fill_escapes(values: tf.Tensor, is_escaped: tf.Tensor, stored: tf.Tensor) -> tf.Tensor:
     """`values`, with the stored values in the places of the escapes."""
     places = tf.where(is_escaped)
-    tf.debugging.Assert(tf.shape(places)[0] == tf.size(stored), ["decodes to other symbols than were encoded"])
-    return tf.tensor_scatter_nd_update(values, places, stored)
+    is_same = tf.shape(places)[0] == tf.size(stored)
+    with tf.control_dependencies([tf.debugging.Assert(is_same, ["decodes to other symbols than were encoded"])]):
+        return tf.tensor_scatter_nd_update(values, places, stored)
 
 
 def checksum(height: tf.Tensor, width: tf.Tensor, *parts: tf.Tensor) -> tf.Tensor:

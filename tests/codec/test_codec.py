@@ -390,7 +390,7 @@ def test_streams_survive_being_written(
     arrays = np.array(escapes, np.int16), np.array(adapted, np.uint16)
     stream = container.Stream(fingerprint, *size, coded, arrays[0], checksum, arrays[1])
     data = container.write(stream)
-    assert len(data) == stream.overhead + len(coded) + 2 * len(escapes)
+    assert len(data) == stream.overhead + len(coded) + 2 * (len(escapes) + len(adapted))
     back = container.read(data)
     assert np.array_equal(back.escapes, stream.escapes) and np.array_equal(back.adapted, stream.adapted)
     assert back._replace(escapes=stream.escapes, adapted=stream.adapted) == stream
