@@ -115,9 +115,7 @@ class HypMutant(NamedTuple):
 
 def damage_hyp(rng: random.Random, files: Sequence[bytes]) -> HypMutant:
     data = bytearray(rng.choice(files))
-    kind = rng.choice(
-        ["flip", "flips", "bytes", "cut", "grown", "swapped", "size", "lengths", "adapted", "random", "splice"]
-    )
+    kind = rng.choice(["flip", "flips", "bytes", "cut", "grown", "swapped", "size", "lengths", "random", "splice"])
     place = rng.randrange(len(data))
     if kind in ("flip", "flips"):
         for _ in range(1 if kind == "flip" else rng.randrange(2, 30)):
@@ -135,18 +133,14 @@ def damage_hyp(rng: random.Random, files: Sequence[bytes]) -> HypMutant:
         data[13:17] = struct.pack("<HH", *(rng.choice([0, 1, 64, 333, 5000, 65535]) for _ in range(2)))
     elif kind == "lengths" and len(data) >= 33:
         data[17:25] = struct.pack("<II", *(rng.choice([0, 1, 100, len(data), 2**31, 2**32 - 1]) for _ in range(2)))
-    elif kind == "adapted" and len(data) >= 33:
-        data[4], data[29:31] = 2, struct.pack("<H", rng.choice([0, 1, 5, 40, 65535]))
     elif kind == "random":
         data[29:-4] = rng.randbytes(rng.randrange(0, 400))
     elif kind == "splice":
         data[place:] = rng.choice(files)[place:]
     sealed = rng.random() < 0.5 and len(data) >= 33
-    if sealed and kind in ("bytes", "cut", "grown", "adapted", "random", "splice"):  # these need correct lengths, too
-        adapted = 2 + 2 * struct.unpack_from("<H", data, 29)[0] if data[4] == 2 else 0
-        payload = max(len(data) - 33 - adapted, 0)
-        escapes = min(struct.unpack_from("<I", data, 21)[0], payload // 2)
-        data[17:25] = struct.pack("<II", payload - 2 * escapes, escapes)
+    if sealed and kind in ("bytes", "cut", "grown", "random", "splice"):  # these need correct lengths, too
+        escapes = min(struct.unpack_from("<I", data, 21)[0], (len(data) - 33) // 2)
+        data[17:25] = struct.pack("<II", len(data) - 33 - 2 * escapes, escapes)
     if sealed:
         data[-4:] = struct.pack("<I", zlib.crc32(data[:-4]))
     return HypMutant(kind, sealed, bytes(data))

@@ -7,7 +7,7 @@ Read in this order:
     tables              range-coding tables
     range_coder         a range coder in Python
     native              the same by tensorflow-compression's C++ operations, where they can be loaded
-    adaptation          channels of y that a file codes in another way than its model says
+    adaptation          how a file may code channels of y in another way than its model
     symbols             integers ↔ range-coded strings, with the tables
     tiles               images of any size, cut into tiles and strips
     numpy_engine        a model's transforms in NumPy alone

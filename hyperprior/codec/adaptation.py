@@ -15,40 +15,33 @@ import numpy as np
 
 from hyperprior.codec.range_coder import Counts
 from hyperprior.codec.tables import Tables
-from hyperprior.errors import BitstreamError
 
-LEAST_SHIFT, SHIFTS = -16, 32  # shifts are −16 to 15
-WORD = 2 * SHIFTS  # a word of a file is WORD · channel + SHIFTS · is_difference + shift + 16
-MOST_CHANNELS = 2**16 // WORD  # those beyond cannot change
+LEAST_SHIFT, SHIFTS = -16, 32  # an encoder tries shifts of −16 to 15
 VALUES = 2048  # larger values cost as much as this one
 UNIT = 256  # costs are integers in units of 1/256 bit, so that sums are the same everywhere
 SAMPLE = 4096  # elements of a channel, about, that an encoder looks at
-LEAST_GAIN = 16 * UNIT  # what a word takes
+LEAST_GAIN = 10 * UNIT  # what a channel's kind and shift take
 
 
 class Adaptation(NamedTuple):
-    """Of each channel of y: `is_difference` [M] bool, and `shift` [M] int32."""
+    """Of each channel of y: `kind` [M] int32, 0, −1 for another shift, or 1 for differences; `shift` [M] int32."""
 
-    is_difference: np.ndarray
+    kind: np.ndarray
     shift: np.ndarray
 
 
-def to_words(adaptation: Adaptation) -> np.ndarray:
-    """[A] uint16, one word for each channel that changes, as a file holds them."""
-    channels = np.flatnonzero(adaptation.is_difference | (adaptation.shift != 0))
-    words = WORD * channels + SHIFTS * adaptation.is_difference[channels] + adaptation.shift[channels] - LEAST_SHIFT
-    return words.astype(np.uint16)
+def kind_and_shift_tables(counts: Counts, tables: Tables, num_scales: int) -> tuple[int, int]:
+    """The tables of y that code the kinds of channels and their shifts: the first in which 0 has at most a probability
+    of 15/16, and at most 1/16, or else the last."""
 
+    def first(sixteenths: int) -> int:
+        for table, cumulative in enumerate(counts.cumulative[: num_scales - 1]):
+            zero = -int(tables.first[table])
+            if 16 * (cumulative[zero + 1] - cumulative[zero]) <= sixteenths << counts.precision[table]:
+                return table
+        return num_scales - 1
 
-def from_words(words: np.ndarray, channels: int) -> Adaptation:
-    """The inverse. Raises BitstreamError unless the words name channels of y in rising order."""
-    numbers, rest = np.divmod(words.astype(np.int32), WORD)
-    if (np.diff(numbers) <= 0).any() or (numbers >= channels).any():
-        raise BitstreamError("its list of adapted channels is not in order, or names channels that the model lacks")
-    adaptation = Adaptation(np.zeros(channels, bool), np.zeros(channels, np.int32))
-    adaptation.is_difference[numbers] = rest >= SHIFTS
-    adaptation.shift[numbers] = rest % SHIFTS + LEAST_SHIFT
-    return adaptation
+    return first(15), first(1)
 
 
 def wrap(x: np.ndarray) -> np.ndarray:
@@ -106,7 +99,7 @@ def choose(y: np.ndarray, index: np.ndarray, costs: np.ndarray) -> Adaptation:
     """The adaptation that saves bits for one image; `y`, `index`: [h, w, M] integers, `costs`: of `make_costs`."""
     step = -(-y.shape[0] * y.shape[1] // SAMPLE)
     values, d = y[::step].astype(np.int32), differences(y, step)
-    is_difference = 4 * np.abs(d).sum((0, 1)) < 3 * np.abs(values).sum((0, 1))
+    follows = 4 * np.abs(d).sum((0, 1)) < 3 * np.abs(values).sum((0, 1))
     rows = costs.shape[1] * index[::step].astype(np.int32) + VALUES
 
     def cost(values: np.ndarray, shifts: Sequence[int]) -> np.ndarray:
@@ -115,7 +108,7 @@ def choose(y: np.ndarray, index: np.ndarray, costs: np.ndarray) -> Adaptation:
             [costs.ravel()[places + (shift - LEAST_SHIFT) * costs.shape[1]].sum((0, 1)) for shift in shifts]
         )
 
-    totals = cost(np.where(is_difference, d, values), range(LEAST_SHIFT, LEAST_SHIFT + SHIFTS))
-    gains = step * (cost(values, [0])[0] - totals.min(axis=0))
-    pays = (gains > LEAST_GAIN) & (np.arange(len(gains)) < MOST_CHANNELS)
-    return Adaptation(is_difference & pays, np.where(pays, totals.argmin(axis=0) + LEAST_SHIFT, 0).astype(np.int32))
+    totals = cost(np.where(follows, d, values), range(LEAST_SHIFT, LEAST_SHIFT + SHIFTS))
+    pays = step * (cost(values, [0])[0] - totals.min(axis=0)) > LEAST_GAIN
+    kind, shift = np.where(follows, 1, -1), totals.argmin(axis=0) + LEAST_SHIFT
+    return Adaptation(*(np.where(pays, each, 0).astype(np.int32) for each in (kind, shift)))

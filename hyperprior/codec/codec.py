@@ -20,7 +20,7 @@ from hyperprior import config, stack, storage
 from hyperprior.codec import adaptation, box, container, exact, range_coder, tiles
 from hyperprior.codec.adaptation import Adaptation
 from hyperprior.codec.numpy_engine import NumPyEngine
-from hyperprior.codec.symbols import CodedImage, Decoder, Encoder
+from hyperprior.codec.symbols import Decoder, Encoder
 from hyperprior.codec.tables import INT16, Tables, apply_dead_zone
 from hyperprior.codec.tiles import TILE, Y_PIXELS, Z_ELEMENTS, Span, blocks, strips
 from hyperprior.config import DOWNSAMPLING
@@ -87,6 +87,10 @@ class Codec:
         return adaptation.make_costs(self.tables, self.counts, self.config.model.num_scales)
 
     @functools.cached_property
+    def adaptation_tables(self) -> tuple[int, int]:
+        return adaptation.kind_and_shift_tables(self.counts, self.tables, self.config.model.num_scales)
+
+    @functools.cached_property
     def error_weight(self) -> float:
         """The cost in bits of a squared error of 1 in one value of x̂. If it is 0, the search leaves ŷ as it is."""
         loss = self.config.loss
@@ -150,7 +154,7 @@ class Codec:
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         self.choose_engine(sizes)
         search_y = effort > 0 and self.error_weight > 0.0
-        for group in tiles.group_by_size(sizes):
+        for group in tiles.group_by_size(sizes, [container.VERSION] * len(sizes)):
             y, z = self.latents_of([images[i] for i in group], dead_zone=not search_y)
             if effort:
                 for place, i in enumerate(group):
@@ -170,7 +174,7 @@ class Codec:
         images: list[np.ndarray] = [np.empty(0)] * len(files)
         sizes = [(stream.height, stream.width) for stream in streams]
         self.choose_engine(sizes)
-        for group in tiles.group_by_size(sizes):
+        for group in tiles.group_by_size(sizes, [stream.version for stream in streams]):
             y, _ = self.decode([streams[i] for i in group])
             for i, image in zip(group, self.pixels_of(y, [sizes[i] for i in group])):
                 images[i] = image
@@ -192,26 +196,20 @@ class Codec:
                 f"written with model {stream.fingerprint.hex()}; {self.origin} is model {self.fingerprint}: "
                 f"use the model that wrote it"
             )
-        self.adaptation_of(stream)
         return stream
-
-    def adaptation_of(self, stream: container.Stream) -> Adaptation:
-        return adaptation.from_words(stream.adapted, self.config.model.latent_channels)
 
     def latents(self, data: bytes) -> np.ndarray:
         """ŷ of a file: [H/16, W/16, M] int16 (H, W rounded up to multiples of 64). Raises BitstreamError."""
         return self.decode([self.read(data)])[0][0]
 
     def estimated_bits(self, data: bytes) -> float:
-        """−log2 p of a file's y and z under the model's densities, adapted as the file says, and the bits that say so.
-
-        Raises BitstreamError.
-        """
-        stream = self.read(data)
-        y, z = self.decode([stream])
-        is_difference, shift = self.adaptation_of(stream)
-        y[0][..., is_difference] = adaptation.differences(y[0][..., is_difference])
-        return self.bits_of_latents(y, z, shift) + 16 * stream.adapted.size
+        """−log2 p of a file's values under the model's own densities. Raises BitstreamError."""
+        (kind, shift), y, z = self.decode_values([self.read(data)])
+        model = self.config.model
+        total = self.bits_of_latents(y, z, shift)
+        for values, index in ((kind, self.kind_index(kind)), (shift, self.shift_index(kind))):
+            total += densities.bits_of_y(values, exact.scales(index * 2.0**exact.SUM_BITS, model), model.density)
+        return total
 
     def bits_of_latents(self, y: np.ndarray, z: np.ndarray, shift: Any = 0) -> float:
         """−log2 p of integers [B, h, w, M] and [B, h/4, w/4, C]; `shift`: of y's scale indexes, for each channel."""
@@ -256,10 +254,10 @@ class Codec:
 
         For a model trained for MS-SSIM, only `z` changes, so the decoded image stays the same.
         """
-        is_difference, shift = self.choose_adaptations(y, self.all_indexes(z))[0]
+        kind, shift = adaptation.choose(y[0], self.all_indexes(z)[0], self.costs)
         predictions = np.zeros_like(y)
-        followed = y[0][..., is_difference]
-        predictions[0][..., is_difference] = followed - adaptation.differences(followed)
+        followed = y[0][..., kind > 0]
+        predictions[0][..., kind > 0] = followed - adaptation.differences(followed)
         factors = np.exp(exact.log_scale_table(self.config.model)[1] * shift).astype(np.float32)
         for rows, columns in tiles.tiles(z.shape, TILE // Z_ELEMENTS, tiles.SEARCH_MARGIN):
             place = (slice(None), rows.source(), columns.source())
@@ -283,45 +281,64 @@ class Codec:
     def encode(self, y: np.ndarray, z: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[container.Stream]:
         """The streams of latents; `sizes`: (height, width) of each image."""
         index = self.all_indexes(z)
-        chosen = self.choose_adaptations(y, index)
-        shifts = np.stack([shift for _, shift in chosen])[:, None, None]
-        differences = [adaptation.differences(own[..., is_difference]) for own, (is_difference, _) in zip(y, chosen)]
-        images = [CodedImage(*size, adaptation.to_words(own)) for size, own in zip(sizes, chosen)]
-        encoder = Encoder(self.engine.encoder(len(sizes)), self.tables, images)
+        chosen = [adaptation.choose(*image, self.costs) for image in zip(y, index)]
+        kind, shift = (np.stack(each) for each in zip(*chosen))
+        encoder = Encoder(self.engine.encoder(len(sizes)), self.tables, sizes)
+        encoder.put(kind, self.kind_index(kind))
+        encoder.put(shift, self.shift_index(kind))
         encoder.put(z, np.broadcast_to(self.z_index, z.shape))
+        differences = [adaptation.differences(own[..., own_kind > 0]) for own, own_kind in zip(y, kind)]
         for rows in strips(z.shape, tiles.H_S_MARGIN):
             part = rows.target(Z_ELEMENTS)
             values = y[:, part].astype(np.int32)
-            for own, (is_difference, _), d in zip(values, chosen, differences):
-                own[..., is_difference] = d[part]
-            encoder.put(values, np.clip(index[:, part] + shifts, 0, self.config.model.num_scales - 1))
+            for own, own_kind, d in zip(values, kind, differences):
+                own[..., own_kind > 0] = d[part]
+            encoder.put(values, self.add_shift(index[:, part], shift))
         return encoder.finish(bytes.fromhex(self.fingerprint))
+
+    def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
+        """ŷ [B, h, w, M] int16 and the integers of ẑ of streams that are processed together, see `tiles.group_by_size`.
+
+        Raises BitstreamError.
+        """
+        (kind, _), y, z = self.decode_values(streams)
+        for own, own_kind in zip(y, kind):
+            own[..., own_kind > 0] = adaptation.restore(own[..., own_kind > 0])
+        return y, z
+
+    def decode_values(self, streams: Sequence[container.Stream]) -> tuple[Adaptation, np.ndarray, np.ndarray]:
+        """What `decode` decodes, with differences as they are, and the adaptations: [B, M] each."""
+        decoder = Decoder(self.engine.decoder([stream.coded for stream in streams]), self.tables, streams)
+        count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
+        channels = self.config.model.latent_channels
+        kind = shift = np.zeros((count, channels), np.int32)
+        if streams[0].version > 1:
+            kind = decoder.take(self.kind_index(kind))
+            shift = decoder.take(self.shift_index(kind))
+        z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
+        y = np.empty((count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, channels), np.int16)
+        for rows in strips(z.shape, tiles.H_S_MARGIN):
+            y[:, rows.target(Z_ELEMENTS)] = decoder.take(self.add_shift(self.indexes(z, rows), shift))
+        decoder.finish()
+        return Adaptation(kind, shift), y, z
+
+    def kind_index(self, kind: np.ndarray) -> np.ndarray:
+        """The tables that code kinds, all the same."""
+        return np.full(kind.shape, self.adaptation_tables[0], np.int32)
+
+    def shift_index(self, kind: np.ndarray) -> np.ndarray:
+        """The tables that code the shifts of channels of these kinds."""
+        return np.where(kind != 0, self.adaptation_tables[1], 0).astype(np.int32)
+
+    def add_shift(self, index: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        """The tables of y [B, h, w, M] with the shifts [B, M] of its channels."""
+        return np.clip(index + shift[:, None, None], 0, self.config.model.num_scales - 1)
 
     def all_indexes(self, z: np.ndarray) -> np.ndarray:
         """`indexes` of all rows, in the smallest type that holds them."""
         smallest = np.min_scalar_type(self.config.model.num_scales)
         parts = [self.indexes(z, rows).astype(smallest) for rows in strips(z.shape, tiles.H_S_MARGIN)]
         return np.concatenate(parts, axis=1)
-
-    def choose_adaptations(self, y: np.ndarray, index: np.ndarray) -> list[Adaptation]:
-        return [adaptation.choose(*image, self.costs) for image in zip(y, index)]
-
-    def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
-        """ŷ [B, h, w, M] int16 and the integers of ẑ of streams with one padded size. Raises BitstreamError."""
-        adaptations = [self.adaptation_of(stream) for stream in streams]
-        shifts = np.stack([shift for _, shift in adaptations])[:, None, None]
-        decoder = Decoder(self.engine.decoder([stream.coded for stream in streams]), self.tables, streams)
-        count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
-        z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
-        y_shape = (count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, self.config.model.latent_channels)
-        y = np.empty(y_shape, np.int16)
-        for rows in strips(z.shape, tiles.H_S_MARGIN):
-            index = np.clip(self.indexes(z, rows) + shifts, 0, self.config.model.num_scales - 1)
-            y[:, rows.target(Z_ELEMENTS)] = decoder.take(index)
-        decoder.finish()
-        for own, (is_difference, _) in zip(y, adaptations):
-            own[..., is_difference] = adaptation.restore(own[..., is_difference])
-        return y, z
 
     def pixels_of(self, y: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """The images of ŷ [B, h, w, M], each cropped to its (height, width)."""

@@ -12,17 +12,14 @@ import numpy as np
 from hyperprior.errors import BitstreamError, DataError
 from hyperprior.images import MAX_PIXELS as MAX_PIXELS
 
-MAGIC = b"\x89HYP"
-HEADERS = {1: struct.Struct("<4sB8sHHIII"), 2: struct.Struct("<4sB8sHHIIIH")}  # the second counts adapted channels
-CRC = struct.Struct("<I")
+MAGIC, VERSION = b"\x89HYP", 2
+HEADER = struct.Struct("<4sB8sHHIII")
+OVERHEAD = HEADER.size + 4  # bytes that are not payload
 MAX_SIDE = 65_535
 
 
 class Stream(NamedTuple):
-    """One compressed image.
-
-    `fingerprint`: 8 bytes; `escapes`: [E] int16; `checksum`: see `checksum`; `adapted`: [A] uint16, see `adaptation`.
-    """
+    """One compressed image. `fingerprint`: 8 bytes; `escapes`: [E] int16; `checksum`: see `checksum`."""
 
     fingerprint: bytes
     height: int
@@ -30,56 +27,43 @@ class Stream(NamedTuple):
     coded: bytes
     escapes: np.ndarray
     checksum: int
-    adapted: np.ndarray = np.empty(0, np.uint16)
-
-    @property
-    def version(self) -> int:
-        return 2 if self.adapted.size else 1
-
-    @property
-    def overhead(self) -> int:
-        """Bytes of the file that are not payload."""
-        return HEADERS[self.version].size + CRC.size
+    version: int = VERSION
 
 
 def write(stream: Stream) -> bytes:
-    head = [stream.fingerprint, stream.height, stream.width, len(stream.coded), len(stream.escapes), stream.checksum]
-    head += [stream.adapted.size] * (stream.version == 2)
-    body = HEADERS[stream.version].pack(MAGIC, stream.version, *head)
-    body += stream.adapted.astype("<u2").tobytes() + stream.coded + stream.escapes.astype("<i2").tobytes()
-    return body + CRC.pack(zlib.crc32(body))
+    counts = len(stream.coded), len(stream.escapes)
+    header = HEADER.pack(
+        MAGIC, stream.version, stream.fingerprint, stream.height, stream.width, *counts, stream.checksum
+    )
+    body = header + stream.coded + stream.escapes.astype("<i2").tobytes()
+    return body + struct.pack("<I", zlib.crc32(body))
 
 
 def read(data: bytes, max_pixels: int = MAX_PIXELS) -> Stream:
     """The stream in a file's bytes. Raises BitstreamError that names the defect."""
     if data[: len(MAGIC)] != MAGIC[: len(data)] or not data:
         raise BitstreamError(f"not a .hyp file: it starts with {data[:4].hex(' ') or 'nothing'}")
-    version = data[len(MAGIC)] if len(data) > len(MAGIC) else 1
-    if version not in HEADERS:
+    if len(data) > len(MAGIC) and not 1 <= data[len(MAGIC)] <= VERSION:
         raise BitstreamError(
-            f"format version {version}; this release reads versions 1 and 2: use the release that wrote it"
+            f"format version {data[len(MAGIC)]}; this release reads versions 1 to {VERSION}: "
+            f"use the release that wrote it"
         )
-    header = HEADERS[version]
-    overhead = header.size + CRC.size
-    if len(data) < overhead:
-        raise BitstreamError(f"cut off: {len(data)} bytes, fewer than the {overhead} of an empty file; copy it again")
-    _, _, fingerprint, height, width, coded, escapes, checksum, *adapted = header.unpack_from(data)
-    begin = header.size + 2 * sum(adapted)
-    expected = begin + coded + 2 * escapes + CRC.size
+    if len(data) < OVERHEAD:
+        raise BitstreamError(f"cut off: {len(data)} bytes, fewer than the {OVERHEAD} of an empty file; copy it again")
+    _, version, fingerprint, height, width, coded, escapes, checksum = HEADER.unpack_from(data)
+    expected = OVERHEAD + coded + 2 * escapes
     if len(data) != expected:
         defect = "cut off" if len(data) < expected else "bytes follow its end"
         raise BitstreamError(f"{defect}: {len(data)} bytes; its header says {expected}; copy it again")
-    if zlib.crc32(data[:-4]) != CRC.unpack(data[-4:])[0]:
+    if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise BitstreamError("damaged: its bytes do not match their CRC-32; copy it again")
     if not height or not width:
         raise BitstreamError(f"an image of {width}x{height} pixels; each side must be at least 1")
     if height * width > max_pixels:
         raise BitstreamError(f"an image of {width}x{height} pixels; at most {max_pixels:,} are decoded (--max-pixels)")
-    if adapted == [0]:
-        raise BitstreamError("version 2 without adapted channels; such files have version 1")
-    end = begin + coded
-    words, stored = np.frombuffer(data[header.size : begin], "<u2"), np.frombuffer(data, "<i2", escapes, end)
-    return Stream(fingerprint, height, width, data[begin:end], stored, checksum, words)
+    at = HEADER.size + coded
+    stored = np.frombuffer(data, "<i2", escapes, at)
+    return Stream(fingerprint, height, width, data[HEADER.size : at], stored, checksum, version)
 
 
 def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:

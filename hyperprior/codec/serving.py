@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hyperprior.codec import adaptation, container
-from hyperprior.codec.adaptation import LEAST_SHIFT, SHIFTS, VALUES, WORD
+from hyperprior.codec.adaptation import LEAST_SHIFT, SHIFTS, VALUES
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.exact import SUM_BITS
 from hyperprior.codec.tables import LARGEST, Tables
@@ -57,26 +57,26 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
     index = indexes(codec, z)
     nearest = tf.cast(tf.minimum(tf.round(tf.abs(y)), float(LARGEST)), tf.int32)
     y = round_to_int16(y - tf.sign(y) * tf.gather_nd(codec.dead_zone, tf.stack([index, nearest], -1)))
-    is_difference, shift = choose(codec, y[0], index[0])
-    y, index = tf.where(is_difference, differences(y[0])[None], y), shift_index(codec, index, shift)
-    handle = operations.create_range_encoder([1], codec.tables.lookup)
-    handle, z_outside = encode(operations, handle, codec.tables, z, tf.broadcast_to(codec.z_index, tf.shape(z)))
-    handle, y_outside = encode(operations, handle, codec.tables, y, index)
+    kind, shift = choose(codec, y[0], index[0])
+    y, index = tf.where(kind > 0, differences(y[0])[None], y), add_shift(codec, index, shift)
+    kind_table, shift_table = codec.adaptation_tables
+    parts = [  # values, and their tables
+        (kind[None], tf.fill(tf.shape(kind[None]), kind_table)),
+        (shift[None], tf.where(kind != 0, shift_table, 0)[None]),
+        (z, tf.broadcast_to(codec.z_index, tf.shape(z))),
+        (y, index),
+    ]
+    handle, escapes = operations.create_range_encoder([1], codec.tables.lookup), tf.zeros([0], tf.int32)
+    for values, tables in parts:
+        handle, is_outside = encode(operations, handle, codec.tables, values, tables)
+        escapes = tf.concat([escapes, tf.boolean_mask(values, is_outside)], 0)
     coded = operations.entropy_encode_finalize(handle)[0]
-    escapes = tf.concat([tf.boolean_mask(z, z_outside), tf.boolean_mask(y, y_outside)], 0)
-    words = WORD * tf.range(tf.size(shift)) + SHIFTS * tf.cast(is_difference, tf.int32) + shift - LEAST_SHIFT
-    words = tf.boolean_mask(words, is_difference | (shift != 0))
-    count = tf.size(words)
     body = tf.strings.join(
         [
-            container.MAGIC,
-            to_bytes([tf.where(count > 0, 2, 1)], 1),
-            bytes.fromhex(codec.fingerprint),
+            container.MAGIC + bytes([container.VERSION]) + bytes.fromhex(codec.fingerprint),
             to_bytes([height, width], 2),
             to_bytes([tf.strings.length(coded), tf.size(escapes)], 4),
-            to_bytes([checksum(height, width, words, z, y)], 4),
-            tf.where(count > 0, to_bytes([count], 2), ""),
-            to_bytes(words, 2),
+            to_bytes([checksum(height, width, *(values for values, _ in parts))], 4),
             coded,
             to_bytes(escapes, 2),
         ]
@@ -85,19 +85,28 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
 
 
 def decompress_in_graph(codec: Codec, operations: Any, file: tf.Tensor) -> tf.Tensor:
-    height, width, words, coded, escapes, stored_checksum = read(file, codec)
-    is_difference, shift = from_words(words, codec.config.model.latent_channels)
+    version, height, width, coded, escapes, stored_checksum = read(file, codec.fingerprint)
     rows, columns = (-(-side // DOWNSAMPLING) for side in (height, width))
-    handle = operations.create_range_decoder([coded], codec.tables.lookup)
-    z_index = tf.broadcast_to(codec.z_index, (1, rows, columns, len(codec.z_index)))
-    handle, z, z_escaped = decode(operations, handle, codec.tables, z_index)
-    num_z_escapes = tf.math.count_nonzero(z_escaped, dtype=tf.int32)
-    z = fill_escapes(z, z_escaped, escapes[:num_z_escapes])
-    handle, y, y_escaped = decode(operations, handle, codec.tables, shift_index(codec, indexes(codec, z), shift))
-    y = fill_escapes(y, y_escaped, escapes[num_z_escapes:])
-    is_same = checksum(height, width, words, z, y) == stored_checksum
+    handle, values = operations.create_range_decoder([coded], codec.tables.lookup), []
+
+    def take(index: tf.Tensor) -> tf.Tensor:
+        nonlocal handle, escapes
+        handle, part, is_escaped = decode(operations, handle, codec.tables, index)
+        count = tf.math.count_nonzero(is_escaped, dtype=tf.int32)
+        values.append(fill_escapes(part, is_escaped, escapes[:count]))
+        escapes = escapes[count:]
+        return values[-1]
+
+    channels, (kind_table, shift_table) = codec.config.model.latent_channels, codec.adaptation_tables
+    adapted = tf.where(version > 1, channels, 0)
+    kind = take(tf.fill([1, adapted], kind_table))
+    shift = take(tf.where(kind != 0, shift_table, 0))
+    kind, shift = (tf.ensure_shape(tf.pad(x[0], [[0, channels - adapted]]), [channels]) for x in (kind, shift))
+    z = take(tf.broadcast_to(codec.z_index, (1, rows, columns, len(codec.z_index))))
+    y = take(add_shift(codec, indexes(codec, z), shift))
+    is_same = (checksum(height, width, *values) == stored_checksum) & (tf.size(escapes) == 0)
     tf.debugging.Assert(is_same, ["decodes to other symbols than were encoded"])
-    y = restore(y[0], is_difference)[None]
+    y = restore(y[0], kind > 0)[None]
     return codec.tensorflow_engine.synthesise_in_graph(tf.cast(y, tf.float32))[0, :height, :width]
 
 
@@ -123,41 +132,36 @@ def decode(operations: Any, handle: tf.Tensor, tables: Tables, index: tf.Tensor)
     return handle, symbols + tf.gather(tables.first, index), symbols >= tf.gather(tables.escape, index)
 
 
-def read(file: tf.Tensor, codec: Codec) -> tuple[tf.Tensor, ...]:
-    """`container.read` in a graph: int32 height, width and words of adapted channels, the coded string, int32 escapes
-    [E], int64 checksum.
+def read(file: tf.Tensor, fingerprint: str) -> tuple[tf.Tensor, ...]:
+    """`container.read` in a graph: int32 version, height, width, the coded string, int32 escapes [E], int64 checksum.
 
     Every check passes before any part of the result is computed.
     """
     size = tf.strings.length(file)
-    checks = [tf.debugging.Assert(size >= container.HEADERS[2].size, ["cut off", size])]
+    checks = [tf.debugging.Assert(size >= container.OVERHEAD, ["cut off", size])]
     data = tf.io.decode_raw(file, tf.uint8)
-    is_magic = tf.reduce_all(data[:4] == list(container.MAGIC)) & ((data[4] == 1) | (data[4] == 2))
-    checks += [tf.debugging.Assert(is_magic, ["not a .hyp file of version 1 or 2"])]
-    own_fingerprint = tf.constant(list(bytes.fromhex(codec.fingerprint)), tf.uint8)
+    version = tf.cast(data[4], tf.int32)
+    is_known = tf.reduce_all(data[:4] == list(container.MAGIC)) & (version >= 1) & (version <= container.VERSION)
+    checks += [tf.debugging.Assert(is_known, ["not a .hyp file of a version up to", container.VERSION])]
+    own_fingerprint = tf.constant(list(bytes.fromhex(fingerprint)), tf.uint8)
     checks += [tf.debugging.Assert(tf.reduce_all(data[5:13] == own_fingerprint), ["written with another model"])]
     height, width = tf.unstack(from_bytes(data[13:17], 2), num=2)
     length, count, stored_checksum = tf.unstack(from_bytes(data[17:29], 4), num=3)
-    is_adapted = data[4] == 2
-    words_at = tf.where(is_adapted, container.HEADERS[2].size, container.HEADERS[1].size)
-    adapted = tf.where(is_adapted, tf.cast(from_bytes(data[29:31], 2)[0], tf.int32), 0)
-    begin = words_at + 2 * adapted
-    total = tf.cast(begin, tf.int64) + length + 2 * count + container.CRC.size
+    total = container.OVERHEAD + length + 2 * count
     checks += [tf.debugging.Assert(total == tf.cast(size, tf.int64), ["length does not match the header"])]
     crc = from_bytes(data[-4:], 4)[0]
     checks += [tf.debugging.Assert(crc == crc32(data[:-4]), ["bytes do not match their CRC-32"])]
     is_allowed = (tf.minimum(height, width) > 0) & (height * width <= container.MAX_PIXELS)
     checks += [tf.debugging.Assert(is_allowed, ["image size not accepted", height, width])]
-    checks += [tf.debugging.Assert(is_adapted == (adapted > 0), ["version 2 without adapted channels"])]
     with tf.control_dependencies(checks):
         data, file, height, width = map(tf.identity, (data, file, height, width))
-    end = tf.cast(begin, tf.int64) + length
+    end = container.HEADER.size + length
     escapes = from_bytes(data[end : end + 2 * count], 2)
     return (
+        version,
         tf.cast(height, tf.int32),
         tf.cast(width, tf.int32),
-        tf.cast(from_bytes(data[words_at:begin], 2), tf.int32),
-        tf.strings.substr(file, begin, tf.cast(length, tf.int32)),
+        tf.strings.substr(file, container.HEADER.size, tf.cast(length, tf.int32)),
         tf.cast(tf.where(escapes < 2**15, escapes, escapes - 2**16), tf.int32),
         stored_checksum,
     )
@@ -166,19 +170,10 @@ def read(file: tf.Tensor, codec: Codec) -> tuple[tf.Tensor, ...]:
 # The functions of `adaptation`, in a graph -----------------------------------------------------------------
 
 
-def from_words(words: tf.Tensor, channels: int) -> tuple[tf.Tensor, tf.Tensor]:
-    numbers, rest = words // WORD, words % WORD
-    is_valid = tf.reduce_all(numbers[1:] > numbers[:-1]) & tf.reduce_all(numbers < channels)
-    with tf.control_dependencies([tf.debugging.Assert(is_valid, ["list of adapted channels not accepted"])]):
-        places = tf.identity(numbers)[:, None]
-    is_difference = tf.scatter_nd(places, tf.cast(rest >= SHIFTS, tf.int32), [channels]) > 0
-    return is_difference, tf.scatter_nd(places, rest % SHIFTS + LEAST_SHIFT, [channels])
-
-
 def choose(codec: Codec, y: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     step = -(-tf.shape(y)[0] * tf.shape(y)[1] // adaptation.SAMPLE)
     values, d, index = (tf.ensure_shape(x[::step], [None, None, x.shape[2]]) for x in (y, differences(y), index))
-    is_difference = 4 * tf.reduce_sum(tf.abs(d), [0, 1]) < 3 * tf.reduce_sum(tf.abs(values), [0, 1])
+    follows = 4 * tf.reduce_sum(tf.abs(d), [0, 1]) < 3 * tf.reduce_sum(tf.abs(values), [0, 1])
     costs = tf.constant(codec.costs)
     rows = costs.shape[1] * index + VALUES
 
@@ -186,14 +181,14 @@ def choose(codec: Codec, y: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.
         places = rows + tf.clip_by_value(values, -VALUES, VALUES) + row * costs.shape[1]
         return tf.reduce_sum(tf.gather(tf.reshape(costs, [-1]), places), [0, 1])
 
-    coded = tf.where(is_difference, d, values)
+    coded = tf.where(follows, d, values)
     totals = tf.map_fn(lambda row: cost(coded, row), tf.range(SHIFTS))
-    gains = step * (cost(values, -LEAST_SHIFT) - tf.reduce_min(totals, 0))
-    pays = (gains > adaptation.LEAST_GAIN) & (np.arange(y.shape[2]) < adaptation.MOST_CHANNELS)
-    return is_difference & pays, tf.where(pays, tf.argmin(totals, 0, tf.int32) + LEAST_SHIFT, 0)
+    pays = step * (cost(values, -LEAST_SHIFT) - tf.reduce_min(totals, 0)) > adaptation.LEAST_GAIN
+    kind, shift = tf.where(follows, 1, -1), tf.argmin(totals, 0, tf.int32) + LEAST_SHIFT
+    return tf.where(pays, kind, 0), tf.where(pays, shift, 0)
 
 
-def shift_index(codec: Codec, index: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+def add_shift(codec: Codec, index: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     return tf.clip_by_value(index + shift, 0, codec.config.model.num_scales - 1)
 
 

@@ -18,14 +18,13 @@ from hyperprior.errors import BitstreamError
 
 
 class CodedImage:
-    """The values of one image that were coded so far: their number, checksum and escapes. `adapted`: see `Stream`."""
+    """The values of one image that were coded so far: their number, checksum and escapes."""
 
-    def __init__(self, height: int, width: int, adapted: np.ndarray):
-        self.height, self.width, self.adapted = height, width, adapted
+    def __init__(self, height: int, width: int):
+        self.height, self.width = height, width
         self.checksum = container.size_checksum(height, width)
         self.count = 0
         self.escapes: list[np.ndarray] = [np.empty(0, np.int16)]
-        self.add(adapted)
 
     def add(self, values: np.ndarray) -> None:
         """Adds further values to the checksum."""
@@ -34,10 +33,10 @@ class CodedImage:
 
 
 class Encoder:
-    """Encodes the latents of `images`."""
+    """Encodes the latents of images of (height, width)."""
 
-    def __init__(self, coder: Any, tables: Tables, images: Sequence[CodedImage]):
-        self.coder, self.tables, self.images = coder, tables, images
+    def __init__(self, coder: Any, tables: Tables, sizes: Sequence[tuple[int, int]]):
+        self.coder, self.tables, self.images = coder, tables, [CodedImage(*size) for size in sizes]
 
     def put(self, values: np.ndarray, index: np.ndarray) -> None:
         """Appends [B, …] integers, each by the table `index`."""
@@ -53,8 +52,8 @@ class Encoder:
     def finish(self, fingerprint: bytes) -> list[Stream]:
         """The stream of each image, for the model with this fingerprint."""
         return [
-            Stream(fingerprint, own.height, own.width, string, np.concatenate(own.escapes), own.checksum, own.adapted)
-            for string, own in zip(self.coder.finish(), self.images)
+            Stream(fingerprint, image.height, image.width, string, np.concatenate(image.escapes), image.checksum)
+            for string, image in zip(self.coder.finish(), self.images)
         ]
 
 
@@ -63,7 +62,7 @@ class Decoder:
 
     def __init__(self, coder: Any, tables: Tables, streams: Sequence[Stream]):
         self.coder, self.tables, self.streams = coder, tables, streams
-        self.images = [CodedImage(stream.height, stream.width, stream.adapted) for stream in streams]
+        self.images = [CodedImage(stream.height, stream.width) for stream in streams]
         self.used_escapes = [0] * len(streams)
 
     def take(self, index: np.ndarray) -> np.ndarray:

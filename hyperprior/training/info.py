@@ -63,7 +63,6 @@ def info_of_file(data: bytes, model: Optional[str]) -> dict[str, Any]:
         "model": fingerprint,
         "symbols_bytes": len(stream.coded),
         "escapes": len(stream.escapes),
-        "adapted_channels": len(stream.adapted),
         "checksum": f"{stream.checksum:08x}",
     }
     if release := box.find_release(fingerprint):

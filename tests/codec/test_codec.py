@@ -327,7 +327,8 @@ def sealed(body: bytes) -> bytes:
     [
         (lambda d: b"", "not a .hyp file: it starts with nothing"),
         (lambda d: b"\x89PNG" + d[4:], "not a .hyp file: it starts with 89 50 4e 47"),
-        (lambda d: d[:4] + b"\x03" + d[5:], "format version 3; this release reads versions 1 and 2"),
+        (lambda d: d[:4] + b"\x03" + d[5:], "format version 3; this release reads versions 1 to 2"),
+        (lambda d: sealed(d[:4] + b"\x01" + d[5:]), "decodes to other symbols than were encoded"),
         (lambda d: sealed(d[:5] + b"12345678" + d[13:]), "written with model 3132333435363738"),
         (lambda d: d[:20], "cut off: 20 bytes"),
         (lambda d: d[:-1], "cut off"),
@@ -369,7 +370,7 @@ def test_mutated_files_are_errors_or_images_of_the_declared_size(codec: Codec, d
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024 * 1024  # KiB
 
 
-@given(st.binary(max_size=80), st.sampled_from([b"", b"\x89HYP\x01", b"\x89HYP\x02", b"\x89HYP\x01" + bytes(8)]))
+@given(st.binary(max_size=80), st.sampled_from([b"", b"\x89HYP\x01", b"\x89HYP\x02" + bytes(8)]))
 def test_any_bytes_are_a_stream_or_one_error(tail: bytes, head: bytes) -> None:
     for candidate in (head + tail, sealed(head + tail)):
         with contextlib.suppress(BitstreamError):
@@ -382,18 +383,15 @@ def test_any_bytes_are_a_stream_or_one_error(tail: bytes, head: bytes) -> None:
     st.binary(max_size=50),
     st.lists(st.integers(-(2**15), 2**15 - 1), max_size=9),
     st.integers(0, 2**32 - 1),
-    st.lists(st.integers(0, 2**16 - 1), max_size=5),
+    st.integers(1, 2),
 )
 def test_streams_survive_being_written(
-    fingerprint: bytes, size: tuple[int, int], coded: bytes, escapes: list[int], checksum: int, adapted: list[int]
+    fingerprint: bytes, size: tuple[int, int], coded: bytes, escapes: list[int], checksum: int, version: int
 ) -> None:
-    arrays = np.array(escapes, np.int16), np.array(adapted, np.uint16)
-    stream = container.Stream(fingerprint, *size, coded, arrays[0], checksum, arrays[1])
-    data = container.write(stream)
-    assert len(data) == stream.overhead + len(coded) + 2 * (len(escapes) + len(adapted))
-    back = container.read(data)
-    assert np.array_equal(back.escapes, stream.escapes) and np.array_equal(back.adapted, stream.adapted)
-    assert back._replace(escapes=stream.escapes, adapted=stream.adapted) == stream
+    stream = container.Stream(fingerprint, *size, coded, np.array(escapes, np.int16), checksum, version)
+    back = container.read(container.write(stream))
+    assert np.array_equal(back.escapes, stream.escapes)
+    assert back._replace(escapes=stream.escapes) == stream
 
 
 @settings(max_examples=40, deadline=None)
