@@ -24,7 +24,10 @@ LEAST_GAIN = 10 * UNIT  # what a channel's kind and shift take
 
 
 class Adaptation(NamedTuple):
-    """Of each channel of y: `kind` [M] int32, 0, −1 for another shift, or 1 for differences; `shift` [M] int32."""
+    """Of each channel of y: `kind` [M] int32, above 0 for differences, and `shift` [M] int32.
+
+    The encoder's kinds are 0 if all is as the model says, −1 for another shift, and 1 for differences with any shift.
+    """
 
     kind: np.ndarray
     shift: np.ndarray
@@ -63,11 +66,13 @@ def differences(y: np.ndarray, step: int = 1) -> np.ndarray:
 
 
 def restore(d: np.ndarray) -> np.ndarray:
-    """The inverse of `differences`: [h, w, C] int32.
+    """The inverse of `differences`: [h, w, C], in the type of d.
 
     Elements on one diagonal do not depend on each other. Row i moves i places to the right, so diagonals are columns.
     """
     height, width, channels = d.shape
+    if height > width:  # the fewer rows, the less is moved; rows and columns have the same rule
+        return restore(d.transpose(1, 0, 2)).transpose(1, 0, 2)
     padded = np.pad(d, ((0, 0), (0, height), (0, 0))).reshape(height * (width + height), channels)
     skewed = padded[:-height].reshape(height, width + height - 1, channels)
     rows, column = np.arange(height)[:, None], np.zeros((height, channels), np.int32)
@@ -109,6 +114,6 @@ def choose(y: np.ndarray, index: np.ndarray, costs: np.ndarray) -> Adaptation:
         )
 
     totals = cost(np.where(follows, d, values), range(LEAST_SHIFT, LEAST_SHIFT + SHIFTS))
-    pays = step * (cost(values, [0])[0] - totals.min(axis=0)) > LEAST_GAIN
+    pays = cost(values, [0])[0] - totals.min(axis=0) > LEAST_GAIN // step
     kind, shift = np.where(follows, 1, -1), totals.argmin(axis=0) + LEAST_SHIFT
     return Adaptation(*(np.where(pays, each, 0).astype(np.int32) for each in (kind, shift)))

@@ -59,7 +59,7 @@ class Codec:
         exact.check_bounds(self.layers, model)
         self.tables = Tables(*(weights.pop(f"tables/{name}") for name in Tables._fields))
         self.counts = range_coder.Counts(self.tables.lookup)
-        self.tables.check(self.counts, model.num_scales + model.hyper_channels)
+        self.tables.check(self.counts, model.num_scales, model.hyper_channels)
         self.z_offsets = weights.pop("z_offsets")
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
@@ -204,10 +204,12 @@ class Codec:
 
     def estimated_bits(self, data: bytes) -> float:
         """−log2 p of a file's values under the model's own densities. Raises BitstreamError."""
-        (kind, shift), y, z = self.decode_values([self.read(data)])
+        stream = self.read(data)
+        (kind, shift), y, z = self.decode_values([stream])
         model = self.config.model
-        total = self.bits_of_latents(y, z, shift)
-        for values, index in ((kind, self.kind_index(kind)), (shift, self.shift_index(kind))):
+        total = self.bits_of_latents(y, z, shift[0])
+        parts = [(kind, self.kind_index(kind)), (shift, self.shift_index(kind))] if stream.version > 1 else []
+        for values, index in parts:
             total += densities.bits_of_y(values, exact.scales(index * 2.0**exact.SUM_BITS, model), model.density)
         return total
 
@@ -219,7 +221,8 @@ class Codec:
         model = self.config.model
         for rows in strips(z.shape, tiles.H_S_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
-            scales = exact.scales(sums + shift * 2.0**exact.SUM_BITS, model)
+            sums = np.clip(sums * 2.0**-exact.SUM_BITS, 0.0, model.num_scales - 1.0) + shift
+            scales = exact.scales(sums * 2.0**exact.SUM_BITS, model)
             total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], scales, model.density)
         return total
 
@@ -336,7 +339,7 @@ class Codec:
 
     def all_indexes(self, z: np.ndarray) -> np.ndarray:
         """`indexes` of all rows, in the smallest type that holds them."""
-        smallest = np.min_scalar_type(self.config.model.num_scales)
+        smallest = np.min_scalar_type(self.config.model.num_scales - 1)
         parts = [self.indexes(z, rows).astype(smallest) for rows in strips(z.shape, tiles.H_S_MARGIN)]
         return np.concatenate(parts, axis=1)
 

@@ -57,8 +57,9 @@ def compress_in_graph(codec: Codec, operations: Any, image: tf.Tensor) -> tf.Ten
     index = indexes(codec, z)
     nearest = tf.cast(tf.minimum(tf.round(tf.abs(y)), float(LARGEST)), tf.int32)
     y = round_to_int16(y - tf.sign(y) * tf.gather_nd(codec.dead_zone, tf.stack([index, nearest], -1)))
-    kind, shift = choose(codec, y[0], index[0])
-    y, index = tf.where(kind > 0, differences(y[0])[None], y), add_shift(codec, index, shift)
+    d = differences(y[0])
+    kind, shift = choose(codec, y[0], d, index[0])
+    y, index = tf.where(kind > 0, d[None], y), add_shift(codec, index, shift)
     kind_table, shift_table = codec.adaptation_tables
     parts = [  # values, and their tables
         (kind[None], tf.fill(tf.shape(kind[None]), kind_table)),
@@ -106,7 +107,7 @@ def decompress_in_graph(codec: Codec, operations: Any, file: tf.Tensor) -> tf.Te
     y = take(add_shift(codec, indexes(codec, z), shift))
     is_same = (checksum(height, width, *values) == stored_checksum) & (tf.size(escapes) == 0)
     tf.debugging.Assert(is_same, ["decodes to other symbols than were encoded"])
-    y = restore(y[0], kind > 0)[None]
+    y = tf.where(kind > 0, restore(y[0])[None], y)
     return codec.tensorflow_engine.synthesise_in_graph(tf.cast(y, tf.float32))[0, :height, :width]
 
 
@@ -154,7 +155,7 @@ def read(file: tf.Tensor, fingerprint: str) -> tuple[tf.Tensor, ...]:
     is_allowed = (tf.minimum(height, width) > 0) & (height * width <= container.MAX_PIXELS)
     checks += [tf.debugging.Assert(is_allowed, ["image size not accepted", height, width])]
     with tf.control_dependencies(checks):
-        data, file, height, width = map(tf.identity, (data, file, height, width))
+        data, file, version, height, width = map(tf.identity, (data, file, version, height, width))
     end = container.HEADER.size + length
     escapes = from_bytes(data[end : end + 2 * count], 2)
     return (
@@ -170,9 +171,9 @@ def read(file: tf.Tensor, fingerprint: str) -> tuple[tf.Tensor, ...]:
 # The functions of `adaptation`, in a graph -----------------------------------------------------------------
 
 
-def choose(codec: Codec, y: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def choose(codec: Codec, y: tf.Tensor, d: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     step = -(-tf.shape(y)[0] * tf.shape(y)[1] // adaptation.SAMPLE)
-    values, d, index = (tf.ensure_shape(x[::step], [None, None, x.shape[2]]) for x in (y, differences(y), index))
+    values, d, index = (tf.ensure_shape(x[::step], [None, None, x.shape[2]]) for x in (y, d, index))
     follows = 4 * tf.reduce_sum(tf.abs(d), [0, 1]) < 3 * tf.reduce_sum(tf.abs(values), [0, 1])
     costs = tf.constant(codec.costs)
     rows = costs.shape[1] * index + VALUES
@@ -183,7 +184,7 @@ def choose(codec: Codec, y: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.
 
     coded = tf.where(follows, d, values)
     totals = tf.map_fn(lambda row: cost(coded, row), tf.range(SHIFTS))
-    pays = step * (cost(values, -LEAST_SHIFT) - tf.reduce_min(totals, 0)) > adaptation.LEAST_GAIN
+    pays = cost(values, -LEAST_SHIFT) - tf.reduce_min(totals, 0) > adaptation.LEAST_GAIN // step
     kind, shift = tf.where(follows, 1, -1), tf.argmin(totals, 0, tf.int32) + LEAST_SHIFT
     return tf.where(pays, kind, 0), tf.where(pays, shift, 0)
 
@@ -202,14 +203,13 @@ def differences(y: tf.Tensor) -> tf.Tensor:
     return wrap(y - (left + above) // 2)
 
 
-def restore(y: tf.Tensor, is_difference: tf.Tensor) -> tf.Tensor:
-    """y [h, w, M], whose channels `is_difference` hold differences."""
-    channels = tf.where(is_difference)[:, 0]
-    d = tf.gather(y, channels, axis=2)
-    height, width, count = tf.unstack(tf.shape(d))
+def restore(d: tf.Tensor) -> tf.Tensor:
+    order = tf.where(tf.shape(d)[0] > tf.shape(d)[1], [1, 0, 2], [0, 1, 2])
+    d = tf.transpose(d, order)
+    height, width, channels = tf.unstack(tf.shape(d))
     rows = tf.range(height)[:, None]
-    padded = tf.reshape(tf.pad(d, [[0, 0], [0, height], [0, 0]]), [height * (width + height), count])
-    skewed = tf.transpose(tf.reshape(padded[:-height], [height, width + height - 1, count]), [1, 0, 2])
+    padded = tf.reshape(tf.pad(d, [[0, 0], [0, height], [0, 0]]), [-1, channels])
+    skewed = tf.reshape(padded[:-height], [height, width + height - 1, channels])
 
     def next_diagonal(column: tf.Tensor, inputs: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
         number, d = inputs
@@ -217,13 +217,10 @@ def restore(y: tf.Tensor, is_difference: tf.Tensor) -> tf.Tensor:
         left = tf.where(rows == number, above, column)
         return wrap(d + (left + above) // 2)
 
-    diagonals = tf.scan(next_diagonal, (tf.range(width + height - 1), skewed), tf.zeros([height, count], tf.int32))
-    flat = tf.reshape(tf.transpose(diagonals, [1, 0, 2]), [height * (width + height - 1), count])
-    restored = tf.reshape(tf.pad(flat, [[0, height], [0, 0]]), [height, width + height, count])[:, :width]
-    return tf.transpose(
-        tf.tensor_scatter_nd_update(tf.transpose(y, [2, 0, 1]), channels[:, None], tf.transpose(restored, [2, 0, 1])),
-        [1, 2, 0],
-    )
+    inputs = tf.range(width + height - 1), tf.transpose(skewed, [1, 0, 2])
+    diagonals = tf.scan(next_diagonal, inputs, tf.zeros([height, channels], tf.int32))
+    flat = tf.pad(tf.reshape(tf.transpose(diagonals, [1, 0, 2]), [-1, channels]), [[0, height], [0, 0]])
+    return tf.transpose(tf.reshape(flat, [height, width + height, channels])[:, :width], order)
 
 
 def fill_escapes(values: tf.Tensor, is_escaped: tf.Tensor, stored: tf.Tensor) -> tf.Tensor:

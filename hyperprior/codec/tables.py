@@ -28,13 +28,15 @@ class Tables(NamedTuple):
     first: np.ndarray
     escape: np.ndarray
 
-    def check(self, counts: Counts, count: int) -> None:
-        """Raises ValueError unless these are `count` tables; `counts`: those of `lookup`."""
+    def check(self, counts: Counts, num_scales: int, channels: int) -> None:
+        """Raises ValueError unless these are the tables of y's scales and z's channels; `counts`: those of `lookup`."""
         symbols = [len(cumulative) - 1 for cumulative in counts.cumulative]
-        if not len(self.first) == len(self.escape) == len(symbols) == count:
-            raise ValueError(f"{len(symbols)} tables instead of {count}")
+        if not len(self.first) == len(self.escape) == len(symbols) == num_scales + channels:
+            raise ValueError(f"{len(symbols)} tables instead of {num_scales + channels}")
         if (self.escape != np.array(symbols) - 1).any() or (np.abs(self.first.astype(np.int64)) > -INT16.min).any():
             raise ValueError("first values or escapes do not fit the tables")
+        if (self.first[:num_scales] > 0).any() or (self.first + self.escape <= 0)[:num_scales].any():
+            raise ValueError("a table of y does not have the value 0")
 
     def dead_zone(self, counts: Counts, weights: np.ndarray) -> np.ndarray:
         """The encoder rounds |y| up to k from k − ½ plus this on: [num_scales, LARGEST + 1] float32.

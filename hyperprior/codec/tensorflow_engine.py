@@ -30,7 +30,7 @@ class TensorFlowEngine:
         coder: Any = native if operations else range_coder
         tables = (operations, counts.lookup) if operations else (counts,)
         self.encoder, self.decoder = (functools.partial(kind, *tables) for kind in (coder.Encoder, coder.Decoder))
-        self.layers, self.z_offsets = layers, z_offsets
+        self.layers, self.z_offsets, self.scale_min = layers, z_offsets, settings.scale_min
         self.model = ScaleHyperprior(settings)
         storage.assign_arrays(self.model.named_variables(), weights, "the model")
         m, c = settings.latent_channels, settings.hyper_channels
@@ -75,7 +75,8 @@ class TensorFlowEngine:
     def _search(self, predictions: tf.Tensor, factors: tf.Tensor, *inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """`search.search` with this model's transforms and prior; `inputs`: its arguments from `y` on.
 
-        The bits of y are those of its difference from `predictions` [1, h, w, M], with scales times `factors` [M].
+        The bits of y are those of its difference from `predictions` [1, h, w, M], which do not change, with scales
+        times `factors` [M].
         """
         offsets = exact.offset_values(self.z_offsets)
 
@@ -86,7 +87,7 @@ class TensorFlowEngine:
             return self.model.prior.bits_each(z + offsets)
 
         def bits_of_y(y: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
-            return self.model.bits_of_each_y(y - predictions, scales * factors)
+            return self.model.bits_of_each_y(y - predictions, tf.maximum(scales * factors, self.scale_min))
 
         return search.search(self.model.g_s, scales, bits_of_y, bits_of_z, *inputs)
 

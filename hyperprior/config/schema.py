@@ -136,7 +136,7 @@ class Model(Section):
     density: Literal["gaussian", "logistic"] = field(
         "gaussian", "the density of y around 0; logistic: with heavier tails, for fewer bits than the paper's Gaussian"
     )
-    num_scales: int = field(64, "number of scales in the table, which is log-spaced", ge=2)
+    num_scales: int = field(64, "number of scales in the table, which is log-spaced", ge=2, le=4096)
     scale_min: float = field(0.11, "smallest standard deviation of y", gt=0)
     scale_max: float = field(256.0, "largest standard deviation of y", gt=0)
 

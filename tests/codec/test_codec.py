@@ -291,7 +291,8 @@ def test_the_dead_zone_ends_where_an_integer_is_worth_its_bits(codec: Codec) -> 
     for table, (shifts, cumulative) in enumerate(zip(codec.dead_zone, codec.counts.cumulative)):
         bits = -np.log2(np.diff(cumulative) / 2.0**16)
         first, weight = codec.tables.first[table], codec.bits_per_square[table]
-        assert 9.0 < weight < 40.0  # less for small scales
+        scale = np.exp(low + step * table)
+        assert abs(weight / (40.0 * scale / (scale + 0.3)) - 1) < 1e-9
         assert shifts[0] == 0.0 and shifts.min() >= 0.0 and shifts.max() <= 1.0
         for k in (1, 2, 3) if low + step * table > 0.0 else (1,):  # for small scales the tables end at 1
             y = k - 0.5 + shifts[k]  # from here on y is rounded to k

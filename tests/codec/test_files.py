@@ -309,6 +309,7 @@ def set_table(values: list[int], at: int = 0) -> Callable[[storage.Arrays], None
         (lambda a: a.update({"tables/lookup": a["tables/lookup"][:-1]}), "is not a distribution"),
         (lambda a: a["tables/escape"].__iadd__(1), "first values or escapes do not fit"),
         (lambda a: a["tables/first"].__iadd__(2**30), "first values or escapes do not fit"),
+        (lambda a: a["tables/first"][:1].__iadd__(200), "a table of y does not have the value 0"),
         (lambda a: a["h_s/1/kernel"].__imul__(2**24), "h_s/1 cannot be made exact"),
         pytest.param(
             lambda a: a.update({"g_s/6/kernel": np.zeros(2**27, np.float64)}),

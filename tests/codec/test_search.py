@@ -166,6 +166,7 @@ def test_the_dead_zone_lowers_the_loss(q3: codecs.Codec, image: np.ndarray, monk
 
 def test_a_model_for_ms_ssim_saves_bytes_of_the_same_image(image: np.ndarray) -> None:
     codec = codecs.load("q3-ms-ssim")
+    assert (codec.bits_per_square == 32.0).all()
     plain, small = (codec.compress(image, effort) for effort in (0, 20))
     assert len(small) < 0.98 * len(plain)
     assert np.array_equal(codec.decompress(small), codec.decompress(plain))

@@ -82,9 +82,10 @@ def write_file(codec: Codec, number: int, width: int, height: int) -> None:
     y, z = codec.latents_of([picture(number, width, height)])
     if number == 3:
         z[0, 0, 0, :2] = 5000, -5000  # beyond the range of activations
+    y[0, 1, 1:3, 6] = 32767, -32768  # differences beyond int16
     kind, shift = np.zeros((2, 12), np.int32)
     kind[[0, 1, 5, 6, 7, 11]] = 1, -1, 2, 1, -3, -300
-    shift[[1, 3, 6, 7, 11]] = 1, 2, -3, 15, -1000  # two of them reach beyond the scales
+    shift[[1, 3, 6, 7, 11]] = 1, 2, -3, 15, -1000  # some reach beyond the scales
     with mock.patch.object(adaptation, "choose", lambda y, index, costs: Adaptation(kind, shift)):
         (stream,) = codec.encode(y, z, [(height, width)])
     data = container.write(stream)
