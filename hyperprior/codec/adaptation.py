@@ -33,7 +33,7 @@ class Adaptation(NamedTuple):
     shift: np.ndarray
 
 
-def kind_and_shift_tables(counts: Counts, tables: Tables, num_scales: int) -> tuple[int, int]:
+def kind_and_shift_tables(tables: Tables, counts: Counts, num_scales: int) -> tuple[int, int]:
     """The tables of y that code the kinds of channels and their shifts: the first in which 0 has at most a probability
     of 15/16, and at most 1/16, or else the last."""
 

@@ -88,7 +88,7 @@ class Codec:
 
     @functools.cached_property
     def adaptation_tables(self) -> tuple[int, int]:
-        return adaptation.kind_and_shift_tables(self.counts, self.tables, self.config.model.num_scales)
+        return adaptation.kind_and_shift_tables(self.tables, self.counts, self.config.model.num_scales)
 
     @functools.cached_property
     def error_weight(self) -> float:

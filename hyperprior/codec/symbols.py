@@ -33,7 +33,7 @@ class CodedImage:
 
 
 class Encoder:
-    """Encodes the latents of images of (height, width)."""
+    """Encodes the values of images of (height, width)."""
 
     def __init__(self, coder: Any, tables: Tables, sizes: Sequence[tuple[int, int]]):
         self.coder, self.tables, self.images = coder, tables, [CodedImage(*size) for size in sizes]
@@ -58,7 +58,7 @@ class Encoder:
 
 
 class Decoder:
-    """Decodes the latents of streams."""
+    """Decodes the values of streams."""
 
     def __init__(self, coder: Any, tables: Tables, streams: Sequence[Stream]):
         self.coder, self.tables, self.streams = coder, tables, streams
