@@ -12,7 +12,7 @@ from test_codec import SETTINGS, needs_tensorflow, picture, random_codec
 from test_vectors import VECTORS
 
 import hyperprior
-from hyperprior.codec import adaptation, codec, container, native
+from hyperprior.codec import adaptation, codec, container
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31), st.sampled_from([3, 300, 2**15]))
@@ -96,10 +96,11 @@ def test_files_of_both_versions_are_decoded_together() -> None:
 def test_the_served_codec_adapts_in_the_same_way(name: str, sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptation, "SAMPLE", sample)
     tf = needs_tensorflow()
+    from hyperprior.codec import native, serving
+
     operations = native.load_operations().module
     if not operations:
         pytest.skip("needs the C++ range coder")
-    from hyperprior.codec import serving
 
     model = hyperprior.load("q1", "tensorflow") if name == "q1" else random_codec(SETTINGS, "tensorflow")
     image = picture(2, 250, 165)
