@@ -154,7 +154,7 @@ class Codec:
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         self.choose_engine(sizes)
         search_y = effort > 0 and self.error_weight > 0.0
-        for group in tiles.group_by_size(sizes, [container.VERSION] * len(sizes)):
+        for group in tiles.group_by_size(sizes):
             y, z = self.latents_of([images[i] for i in group], dead_zone=not search_y)
             if effort:
                 for place, i in enumerate(group):
@@ -174,7 +174,7 @@ class Codec:
         images: list[np.ndarray] = [np.empty(0)] * len(files)
         sizes = [(stream.height, stream.width) for stream in streams]
         self.choose_engine(sizes)
-        for group in tiles.group_by_size(sizes, [stream.version for stream in streams]):
+        for group in tiles.group_by_size([(stream.height, stream.width, stream.version) for stream in streams]):
             y, _ = self.decode([streams[i] for i in group])
             for i, image in zip(group, self.pixels_of(y, [sizes[i] for i in group])):
                 images[i] = image
@@ -208,8 +208,7 @@ class Codec:
         (kind, shift), y, z = self.decode_values([stream])
         model = self.config.model
         total = self.bits_of_latents(y, z, shift[0])
-        parts = [(kind, self.kind_index(kind)), (shift, self.shift_index(kind))] if stream.version > 1 else []
-        for values, index in parts:
+        for values, index in zip((kind, shift), self.adaptation_indexes(kind) if stream.version > 1 else ()):
             total += densities.bits_of_y(values, exact.scales(index * 2.0**exact.SUM_BITS, model), model.density)
         return total
 
@@ -287,16 +286,15 @@ class Codec:
         chosen = [adaptation.choose(*image, self.costs) for image in zip(y, index)]
         kind, shift = (np.stack(each) for each in zip(*chosen))
         encoder = Encoder(self.engine.encoder(len(sizes)), self.tables, sizes)
-        encoder.put(kind, self.kind_index(kind))
-        encoder.put(shift, self.shift_index(kind))
+        for values, tables in zip((kind, shift), self.adaptation_indexes(kind)):
+            encoder.put(values, tables)
         encoder.put(z, np.broadcast_to(self.z_index, z.shape))
-        differences = [adaptation.differences(own[..., own_kind > 0]) for own, own_kind in zip(y, kind)]
+        y = y.astype(np.int16)
+        for own, own_kind in zip(y, kind):
+            own[..., own_kind > 0] = adaptation.differences(own[..., own_kind > 0])
         for rows in strips(z.shape, tiles.H_S_MARGIN):
             part = rows.target(Z_ELEMENTS)
-            values = y[:, part].astype(np.int32)
-            for own, own_kind, d in zip(values, kind, differences):
-                own[..., own_kind > 0] = d[part]
-            encoder.put(values, self.add_shift(index[:, part], shift))
+            encoder.put(y[:, part], self.add_shift(index[:, part], shift))
         return encoder.finish(bytes.fromhex(self.fingerprint))
 
     def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
@@ -316,8 +314,8 @@ class Codec:
         channels = self.config.model.latent_channels
         kind = shift = np.zeros((count, channels), np.int32)
         if streams[0].version > 1:
-            kind = decoder.take(self.kind_index(kind))
-            shift = decoder.take(self.shift_index(kind))
+            kind = decoder.take(self.adaptation_indexes(kind)[0])
+            shift = decoder.take(self.adaptation_indexes(kind)[1])
         z = decoder.take(np.broadcast_to(self.z_index, (count, rows_of_z, columns_of_z, len(self.z_index))))
         y = np.empty((count, rows_of_z * Z_ELEMENTS, columns_of_z * Z_ELEMENTS, channels), np.int16)
         for rows in strips(z.shape, tiles.H_S_MARGIN):
@@ -325,13 +323,10 @@ class Codec:
         decoder.finish()
         return Adaptation(kind, shift), y, z
 
-    def kind_index(self, kind: np.ndarray) -> np.ndarray:
-        """The tables that code kinds, all the same."""
-        return np.full(kind.shape, self.adaptation_tables[0], np.int32)
-
-    def shift_index(self, kind: np.ndarray) -> np.ndarray:
-        """The tables that code the shifts of channels of these kinds."""
-        return np.where(kind != 0, self.adaptation_tables[1], 0).astype(np.int32)
+    def adaptation_indexes(self, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tables that code kinds, all the same, and those that code the shifts of channels of these kinds."""
+        of_kind, of_shift = self.adaptation_tables
+        return np.full_like(kind, of_kind), np.where(kind != 0, of_shift, 0).astype(np.int32)
 
     def add_shift(self, index: np.ndarray, shift: np.ndarray) -> np.ndarray:
         """The tables of y [B, h, w, M] with the shifts [B, M] of its channels."""

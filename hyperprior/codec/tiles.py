@@ -81,12 +81,12 @@ def blocks(pixels: int) -> int:
     return -(-pixels // DOWNSAMPLING)
 
 
-def group_by_size(sizes: Sequence[tuple[int, int]], versions: Sequence[int]) -> Iterator[list[int]]:
-    """Places of images of (height, width) that are processed together: they have one padded size and one version of the
-    format, and a group has at most BATCH_PIXELS pixels or a single image."""
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for i, ((height, width), version) in enumerate(zip(sizes, versions)):
-        groups.setdefault((blocks(height), blocks(width), version), []).append(i)
-    for (rows, columns, _), places in groups.items():
+def group_by_size(images: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """Places of images of (height, width, …) that are processed together: they have one padded size and equal further
+    numbers, and a group has at most BATCH_PIXELS pixels or a single image."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (height, width, *others) in enumerate(images):
+        groups.setdefault((blocks(height), blocks(width), *others), []).append(i)
+    for (rows, columns, *_), places in groups.items():
         most = max(1, BATCH_PIXELS // (rows * columns * DOWNSAMPLING**2))
         yield from (places[i : i + most] for i in range(0, len(places), most))
