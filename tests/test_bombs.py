@@ -17,7 +17,7 @@ import pytest
 from conftest import encoded, photo
 from fuzz import peak_memory
 
-from hyperprior import images
+from hyperprior import image_files, images
 from hyperprior.data import tars
 from hyperprior.errors import DataError
 
@@ -113,7 +113,7 @@ def try_images(folder: Path) -> dict[str, tuple[dict[str, str], float]]:
     for path in (folder / "good.jpg", *sorted(folder.glob("bomb*"))):
         errors, before = {}, peak_memory()
         for name, read in readers.items():
-            is_training = images.is_training_image(path.name)
+            is_training = image_files.is_training_image(path.name)
             if path.stat().st_size > 2**30 and name == "validate":  # reads a sample, whose size was checked
                 continue
             try:

@@ -17,11 +17,12 @@ from hyperprior import errors
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hyperprior"
-SHARED = {"errors", "terminal", "metric_table", "images", "draws", "config", "storage", "stack"}
+SHARED = {"errors", "terminal", "metric_table", "image_files", "images", "draws", "config", "storage", "stack"}
 MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
     "metric_table": set(),
+    "image_files": set(),
     "images": {"stack"},
     "draws": set(),
     "stack": {"errors"},

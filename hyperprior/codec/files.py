@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Optional, 
 import numpy as np
 from PIL import Image
 
-from hyperprior import images, storage
+from hyperprior import image_files, images, storage
 from hyperprior.codec import box, container, load
 from hyperprior.errors import ConfigError, DataError, HyperpriorError, StorageError
-from hyperprior.images import PHOTO_SUFFIXES
+from hyperprior.image_files import PHOTO_SUFFIXES
 from hyperprior.metric_table import describe
 from hyperprior.model.quality import compare_images
 from hyperprior.terminal import Terminal
@@ -77,7 +77,7 @@ def list_sources(sources: Sequence[str], suffixes: Sequence[str]) -> list[tuple[
         if source == STANDARD:
             names.append((source, "stdin"))
         elif path.is_dir():
-            inside = images.list_files(path, suffixes)
+            inside = image_files.list_files(path, suffixes)
             if not inside:
                 raise ConfigError(f"{path} holds no file with one of {', '.join(suffixes)}")
             names += [(str(file), str(file.relative_to(path))) for file in inside]
@@ -202,7 +202,7 @@ def compress(
     """`hyperprior compress`."""
     jobs = plan(sources, out, PHOTO_SUFFIXES, SUFFIX, existing)
     for folder in (path for path in map(Path, sources) if path.is_dir()):
-        if others := images.describe_other_files(folder, (*PHOTO_SUFFIXES, SUFFIX)):
+        if others := image_files.describe_other_files(folder, (*PHOTO_SUFFIXES, SUFFIX)):
             terminal.warn(others)
     codec = load(model, engine)
     codec.check_effort(effort)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Optional
 
-from hyperprior import images
+from hyperprior import image_files, images
 from hyperprior.data import shards, stream, tars
 from hyperprior.data.lanes import group_of
 from hyperprior.data.shards import Ignored, Sample, Shard
@@ -59,7 +59,7 @@ class Report:
                 f"data.extensions chooses"
             )
         if self.ignored:
-            rows = images.describe_suffixes(self.ignored)
+            rows = image_files.describe_suffixes(self.ignored)
             yield f"ignored   files without the extension of a training image: {rows}"
         yield f"small     {self.smaller_than_patch:,} have a side below {self.patch_size}"
         yield f"unusable  {len(self.unusable):,} images, {len(self.damaged):,} shards"
@@ -115,7 +115,7 @@ def inspect_shard(
     try:
         if shard.kind == "tar" and shard.part == 0:
             for member in tars.list_members(shard.path, shard.offset, shard.size, shard.name):
-                if not images.is_training_image(member.name):
+                if not image_files.is_training_image(member.name):
                     report.ignored[PurePosixPath(member.name).suffix.lower()] += 1
         for facts in stream.map_ahead(pool, inspect_image, samples()):
             count += 1

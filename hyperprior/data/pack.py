@@ -18,7 +18,7 @@ from typing import IO, NamedTuple, Optional, Union
 import numpy as np
 from PIL import Image
 
-from hyperprior import images, storage
+from hyperprior import image_files, images, storage
 from hyperprior.data import shards, stream, tars
 from hyperprior.data.lanes import group_of
 from hyperprior.data.shards import Sample, Shard
@@ -93,7 +93,7 @@ def check_out(sources: Sequence[str], out: Path) -> None:
         for path in map(shards.expand_home, local):
             is_inside = tars.is_tar(path.name) and path.is_file() and Path(os.path.realpath(path)).parent == real
             if path.is_dir():
-                folders = {Path(os.path.realpath(folder)) for folder, _ in images.walk(path)}
+                folders = {Path(os.path.realpath(folder)) for folder, _ in image_files.walk(path)}
                 is_inside = not folders.isdisjoint((real, *real.parents))
             if is_inside:
                 raise ConfigError(f"--out {out} is a part of the source {source}, or holds it; choose another folder")

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Optional
 from hyperprior.data import tars
 from hyperprior.data.tars import is_tar
 from hyperprior.errors import ConfigError, DataError, hide_secrets
-from hyperprior.images import MAX_BYTES, TRAINING_SUFFIXES, describe_too_large, is_training_image, walk
+from hyperprior.image_files import TRAINING_SUFFIXES, is_training_image, walk
+from hyperprior.images import MAX_BYTES, describe_too_large
 
 FILES_PER_PART = 1000  # a directory with more images is cut into parts
 

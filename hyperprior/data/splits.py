@@ -17,7 +17,7 @@ from hyperprior.data.lanes import Keep
 from hyperprior.data.shards import Shard
 from hyperprior.draws import draw
 from hyperprior.errors import DataError
-from hyperprior.images import TRAINING_SUFFIXES
+from hyperprior.image_files import TRAINING_SUFFIXES
 from hyperprior.terminal import Terminal
 
 

@@ -16,7 +16,8 @@ from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple, NoReturn, Optional
 
 from hyperprior.errors import DataError
-from hyperprior.images import MAX_BYTES, describe_too_large, is_training_image
+from hyperprior.image_files import is_training_image
+from hyperprior.images import MAX_BYTES, describe_too_large
 
 BLOCK = tarfile.BLOCKSIZE
 INDEXED = 1024  # tars whose members are cached: enough for all tars of ImageNet, 250 MB

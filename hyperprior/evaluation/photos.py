@@ -10,10 +10,10 @@ from typing import Optional
 
 import numpy as np
 
-from hyperprior import images
+from hyperprior import image_files, images
 from hyperprior.codec import files
 from hyperprior.errors import DataError
-from hyperprior.images import PHOTO_SUFFIXES
+from hyperprior.image_files import PHOTO_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ def find_photos(folder: Path, warn: Callable[[str], None], out: Optional[Path] =
     `out` are left out: they are results of an earlier evaluation.
     """
     try:
-        paths = images.list_files(folder, PHOTO_SUFFIXES)
+        paths = image_files.list_files(folder, PHOTO_SUFFIXES)
     except OSError as error:
         raise DataError(
             f"--images: {error.filename} cannot be read: {error.strerror}; give a directory of images"
         ) from error
-    paths = [path for path in paths if not images.is_below(path, out)]
+    paths = [path for path in paths if not image_files.is_below(path, out)]
     if not paths:
         raise DataError(f"--images {folder} holds no image ({', '.join(PHOTO_SUFFIXES)})")
-    if others := images.describe_other_files(folder, PHOTO_SUFFIXES, leave_out=out):
+    if others := image_files.describe_other_files(folder, PHOTO_SUFFIXES, leave_out=out):
         warn(others)
     photos = []
     for path in paths:

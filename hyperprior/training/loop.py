@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Optional
 import numpy as np
 import tensorflow as tf
 
-from hyperprior import __version__, images, storage
+from hyperprior import __version__, image_files, storage
 from hyperprior.config import SOURCES, Config, flatten, render, without_secrets
 from hyperprior.data.lanes import Cursor
 from hyperprior.data.splits import open_splits
@@ -364,7 +364,8 @@ class Trainer:
             f"watch    tensorboard --logdir {self.run}",
         ]
         if splits.ignored:
-            lines.insert(2, f"ignored  files that are no training images: {images.describe_suffixes(splits.ignored)}")
+            ignored = image_files.describe_suffixes(splits.ignored)
+            lines.insert(2, f"ignored  files that are no training images: {ignored}")
         self.terminal.say("\n".join(lines))
 
 

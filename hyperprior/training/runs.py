@@ -16,7 +16,7 @@ from rich.text import Text
 
 from hyperprior import config, storage
 from hyperprior.errors import ConfigError
-from hyperprior.images import walk
+from hyperprior.image_files import walk
 from hyperprior.metric_table import METRICS, RESULT, cell, read_record, read_row
 from hyperprior.terminal import show_controls
 from hyperprior.training import checkpoint
