@@ -177,12 +177,14 @@ def test_a_negative_effort_is_refused(q3: codecs.Codec, image: np.ndarray) -> No
         q3.compress(image, -1)
 
 
-def test_commands_and_pillow_take_an_effort(hyperprior: Command, tmp_path: Path, image: np.ndarray) -> None:
+def test_commands_and_pillow_take_an_effort(
+    hyperprior: Command, q3: codecs.Codec, tmp_path: Path, image: np.ndarray
+) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "x.png").write_bytes(encoded(Image.fromarray(image), "PNG"))
     hyperprior("compress", "photos", "-o", "small", "--effort", "2")
     small = (tmp_path / "small" / "x.hyp").read_bytes()
-    assert small == codecs.load("q3").compress(image, 2) != codecs.load("q3").compress(image)
+    assert small == q3.compress(image, 2) != q3.compress(image)
     options = ["--images", "photos", "--out", "results", "--effort", "2", "--baselines", "none", "--json"]
     (point,) = json.loads(hyperprior("evaluate", "q3", *options).stdout)["points"]
     assert (point["effort"], point["bytes"]) == (2, len(small))
