@@ -31,8 +31,7 @@ Model = Annotated[
     Optional[str], typer.Option(help="A run, an exported model, or a model in the box. Default: $HYPERPRIOR_MODEL.")
 ]
 Effort = Annotated[
-    int,
-    typer.Option(min=0, metavar="ROUNDS", help="Rounds of a slow search for a smaller file of equal quality; try 20."),
+    int, typer.Option(min=0, metavar="ROUNDS", help="Rounds of a slow search for fewer bytes at equal quality; try 20.")
 ]
 Engine = Annotated[
     str, typer.Option(help="numpy, tensorflow, or auto: NumPy, which starts at once, until TensorFlow saves time.")

@@ -52,7 +52,11 @@ METRICS = {
         "images/s", "{:.1f} images/s", 1, "2_speed/images_per_s", "training patches per second, all workers"
     ),
     "input_wait": Metric(
-        "input wait", "waiting {:.0%}", 4, "2_speed/input_wait", "share of the time that training waits for data"
+        "input wait",
+        "waiting {:.0%}",
+        4,
+        "2_speed/input_wait",
+        "share of the time in which the devices have nothing to do for lack of input",
     ),
     "all_reduce": Metric(
         "all-reduce", "", 4, "2_speed/all_reduce", "share of the time that this worker waits for the sum of gradients"

@@ -2,7 +2,7 @@
 # Trains the models in the box (hyperprior/codec/box), exports them and measures them on IMAGES.
 # First models of 64 filters: a long run at the highest lambda on small patches, so that a step sees many images; then
 # each lambda starts from the next higher one, on larger patches: small ones consist mostly of borders for h_a and h_s
-# (configs/README.md). The models for MS-SSIM start from these. q5 is trained on, widened to 96 filters and trained
+# (configs/README.md). The models for MS-SSIM start from these. q5 is trained further, widened to 96 filters and trained
 # again, and q4 and q3 follow it. With q1 and q2 as wide, the package would be larger than 30 MB. All five go on with a
 # low rate, and then with a logistic density of y.
 #

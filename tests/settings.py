@@ -45,7 +45,7 @@ def main(folder: str, threads: str, action: str, *paths: str) -> None:
         group = small[start : start + 8]
         for i, pixels in zip(group, codec.decompress_batch([data[i] for i in group])):
             results[f"{sources[i].name} pixels in a batch"] = pixels
-        for i, y in zip(group, codec.decode([codec.read(data[i]) for i in group])[0]):
+        for i, y in zip(group, codec.decode([codec.read(data[i]) for i in group])):
             results[f"{sources[i].name} latents in a batch"] = y
     np.savez(target, **results)
 

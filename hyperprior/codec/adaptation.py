@@ -1,4 +1,4 @@
-"""How a file adapts its model: some channels of y are coded as differences, some with other scales.
+"""How a file adapts its model: channels of y are coded as differences, with other scales, or both.
 
 The scales of a model are right for images in general. Where one image differs, a channel gets a *shift*, which is added
 to its scale indexes. And the hyperprior predicts how large an element of y is, but not its sign: channels that follow
@@ -20,7 +20,7 @@ LEAST_SHIFT, SHIFTS = -16, 32  # an encoder tries shifts of −16 to 15
 VALUES = 2048  # larger values cost as much as this one
 UNIT = 256  # costs are integers in units of 1/256 bit, so that sums are the same everywhere
 SAMPLE = 4096  # elements of a channel, about, that an encoder looks at
-LEAST_GAIN = 10 * UNIT  # what a channel's kind and shift take
+LEAST_GAIN = 10 * UNIT  # about what coding a channel's kind and shift takes
 
 
 class Adaptation(NamedTuple):
@@ -66,7 +66,7 @@ def differences(y: np.ndarray, step: int = 1) -> np.ndarray:
 
 
 def restore(d: np.ndarray) -> np.ndarray:
-    """The inverse of `differences`: [h, w, C], in the type of d.
+    """The inverse of `differences` of every row, for values within int16: [h, w, C], in the type of d.
 
     Elements on one diagonal do not depend on each other. Row i moves i places to the right, so diagonals are columns.
     """
@@ -86,8 +86,8 @@ def restore(d: np.ndarray) -> np.ndarray:
 def make_costs(tables: Tables, counts: Counts, num_scales: int) -> np.ndarray:
     """What each value costs in units of 1/256 bit: [num_scales + SHIFTS − 1, 2 · VALUES + 1] int32.
 
-    Row i − LEAST_SHIFT is that of the scale index i; there are more rows, equal to the first and last, so that every
-    shift of every index has one.
+    Row i − LEAST_SHIFT is that of the scale index i. Rows before and after repeat the first and last, because
+    shifts may lead beyond the tables.
     """
     values = np.arange(-VALUES, VALUES + 1)
     costs = np.empty((num_scales, len(values)), np.int32)
@@ -104,6 +104,7 @@ def choose(y: np.ndarray, index: np.ndarray, costs: np.ndarray) -> Adaptation:
     """The adaptation that saves bits for one image; `y`, `index`: [h, w, M] integers, `costs`: of `make_costs`."""
     step = -(-y.shape[0] * y.shape[1] // SAMPLE)
     values, d = y[::step].astype(np.int32), differences(y, step)
+    # Differences pay where they are clearly smaller.
     follows = 4 * np.abs(d).sum((0, 1)) < 3 * np.abs(values).sum((0, 1))
     rows = costs.shape[1] * index[::step].astype(np.int32) + VALUES
 

@@ -73,21 +73,27 @@ class Codec:
 
     @functools.cached_property
     def dead_zone(self) -> np.ndarray:
+        """Of `Tables.dead_zone`."""
         return self.tables.dead_zone(self.counts, self.bits_per_square)
 
     @functools.cached_property
     def bits_per_square(self) -> np.ndarray:
-        """What a squared error of 1 in y is worth to the encoder, for each scale: [num_scales]."""
+        """The bits that a squared error of 1 in y is worth to the encoder, for each scale: [num_scales].
+
+        The formula for MSE was fitted on photographs, see README.md.
+        """
         model = self.config.model
         scales = exact.scales(np.arange(model.num_scales) * 2.0**exact.SUM_BITS, model)
         return np.where(self.config.loss.metric == "mse", 40.0 * scales / (scales + 0.3), densities.BITS_PER_SQUARE)
 
     @functools.cached_property
     def costs(self) -> np.ndarray:
+        """Of `adaptation.make_costs`."""
         return adaptation.make_costs(self.tables, self.counts, self.config.model.num_scales)
 
     @functools.cached_property
     def adaptation_tables(self) -> tuple[int, int]:
+        """The tables of kinds and of shifts."""
         return adaptation.kind_and_shift_tables(self.tables, self.counts, self.config.model.num_scales)
 
     @functools.cached_property
@@ -135,8 +141,8 @@ class Codec:
     def compress(self, image: np.ndarray, effort: int = 0, max_pixels: int = container.MAX_PIXELS) -> bytes:
         """A whole `.hyp` file of an [H, W, 3] uint8 image, sides 1 to 65,535. Raises DataError.
 
-        `effort`: rounds of `search` for cheaper latents; `check_effort` raises ConfigError for it. Who allows more
-        `max_pixels` must allow them in `decompress`, too.
+        `effort`: rounds of `search` for cheaper latents; `check_effort` raises ConfigError for it. An image with more
+        pixels than MAX_PIXELS needs its `max_pixels` in `decompress`, too.
         """
         return self.compress_batch([image], effort, max_pixels)[0]
 
@@ -175,7 +181,7 @@ class Codec:
         sizes = [(stream.height, stream.width) for stream in streams]
         self.choose_engine(sizes)
         for group in tiles.group_by_size([(stream.height, stream.width, stream.version) for stream in streams]):
-            y, _ = self.decode([streams[i] for i in group])
+            y = self.decode([streams[i] for i in group])
             for i, image in zip(group, self.pixels_of(y, [sizes[i] for i in group])):
                 images[i] = image
         return images
@@ -200,7 +206,7 @@ class Codec:
 
     def latents(self, data: bytes) -> np.ndarray:
         """ŷ of a file: [H/16, W/16, M] int16 (H, W rounded up to multiples of 64). Raises BitstreamError."""
-        return self.decode([self.read(data)])[0][0]
+        return self.decode([self.read(data)])[0]
 
     def estimated_bits(self, data: bytes) -> float:
         """−log2 p of a file's values under the model's own densities. Raises BitstreamError."""
@@ -252,8 +258,10 @@ class Codec:
         return np.clip(y, INT16.min, INT16.max, out=y), z
 
     def improve(self, y: np.ndarray, z: np.ndarray, image: np.ndarray, effort: int) -> None:
-        """Changes `y` [1, h, w, M] and `z` to cheaper latents, tile by tile. A tile sees the changes of earlier tiles.
+        """Changes `y` [1, h, w, M] and `z` [1, h/4, w/4, C] to cheaper latents of `image` [H, W, 3], tile by tile. A
+        tile sees the changes of earlier tiles.
 
+        Bits are counted with the adaptation that suits the first latents; `encode` chooses that of the last ones.
         For a model trained for MS-SSIM, only `z` changes, so the decoded image stays the same.
         """
         kind, shift = adaptation.choose(y[0], self.all_indexes(z)[0], self.costs)
@@ -297,18 +305,18 @@ class Codec:
             encoder.put(y[:, part], self.add_shift(index[:, part], shift))
         return encoder.finish(bytes.fromhex(self.fingerprint))
 
-    def decode(self, streams: Sequence[container.Stream]) -> tuple[np.ndarray, np.ndarray]:
-        """ŷ [B, h, w, M] int16 and the integers of ẑ of streams that are processed together, see `tiles.group_by_size`.
+    def decode(self, streams: Sequence[container.Stream]) -> np.ndarray:
+        """ŷ [B, h, w, M] int16 of streams that are processed together, see `tiles.group_by_size`.
 
         Raises BitstreamError.
         """
-        (kind, _), y, z = self.decode_values(streams)
+        (kind, _), y, _ = self.decode_values(streams)
         for own, own_kind in zip(y, kind):
             own[..., own_kind > 0] = adaptation.restore(own[..., own_kind > 0])
-        return y, z
+        return y
 
     def decode_values(self, streams: Sequence[container.Stream]) -> tuple[Adaptation, np.ndarray, np.ndarray]:
-        """What `decode` decodes, with differences as they are, and the adaptations: [B, M] each."""
+        """The adaptations, [B, M] each, y [B, h, w, M] int16 with differences as they are, and the integers of ẑ."""
         decoder = Decoder(self.engine.decoder([stream.coded for stream in streams]), self.tables, streams)
         count, rows_of_z, columns_of_z = len(streams), blocks(streams[0].height), blocks(streams[0].width)
         channels = self.config.model.latent_channels

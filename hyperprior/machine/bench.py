@@ -132,7 +132,7 @@ def bench_codec(settings: Config, world: World, repeats: int, terminal: Terminal
     image = np.asarray(Image.fromarray(small).resize(PHOTO[::-1], Image.Resampling.BICUBIC))
     data = codec.compress(image)
     y, z = codec.latents_of([image])
-    decoded, _ = codec.decode([codec.read(data)])
+    decoded = codec.decode([codec.read(data)])
     calls = {
         "compress": lambda: codec.compress(image),
         "  latents": lambda: codec.latents_of([image]),

@@ -17,7 +17,7 @@ STAGES = len(PRIOR_WIDTHS) - 1
 MOST_DOUBLINGS, BISECTIONS = 40, 100  # beyond what float64 can resolve
 MAX_BITS = 16  # the most that a value costs: no probability in a file's tables is below 2⁻¹⁶
 LOGISTIC_SLOPE = math.pi / math.sqrt(3.0)  # of the logistic density with a standard deviation of 1
-BITS_PER_SQUARE = 32.0  # what a squared error of 1 in y is worth, see codec/README.md
+BITS_PER_SQUARE = 32.0  # of a squared error of 1 in y; for MSE see Codec.bits_per_square, too
 
 
 def cumulative_logits(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -129,8 +129,9 @@ BITS: dict[str, Bits] = {"gaussian": gaussian_bits, "logistic": logistic_bits}  
 
 
 def round_latents(y: tf.Tensor, scale: tf.Tensor, bits: Bits) -> tf.Tensor:
-    """y rounded as the encoder does: to the nearest integer, or the next one towards 0 if that saves more bits than its
-    larger error costs. `codec.tables` does the same with the bits of the tables."""
+    """y rounded with a dead zone: to the nearest integer, or the next one towards 0 if that saves more bits than its
+    larger error costs. `codec.tables` does the same with the bits of the tables. The encoder of a model for MSE
+    weighs errors by their scale, too: `Codec.bits_per_square`."""
     nearest = tf.round(y)
     smaller = nearest - tf.sign(nearest)
     saved = bits(nearest, scale) - bits(smaller, scale)

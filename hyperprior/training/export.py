@@ -75,7 +75,7 @@ def export(
             return {"model": str(out), "fingerprint": existing.fingerprint, **existing.info}
         replaced = existing.fingerprint
 
-    check_replacement(out / box.WEIGHTS, weights, force)
+    check_replacement(out / box.WEIGHTS, "weights", weights, force)
     made, arrays, description = make_exported(trained, weights, str(out), terminal.say)
     try:
         with replace_directory(out) as folder:
@@ -111,20 +111,22 @@ def export_file(run: Path, out: Path, terminal: Terminal, force: bool) -> dict[s
     """Writes the model of a run into one file."""
     trained = checkpoint.best_weights(run, terminal.warn)
     weights = storage.fingerprint(trained.arrays)
-    check_replacement(out, weights, force)
-    _, arrays, description = make_exported(trained, weights, str(out), terminal.say)
+    check_replacement(out, "weights", weights, force)
+    made, arrays, description = make_exported(trained, weights, str(out), terminal.say)
+    check_replacement(out, "fingerprint", made.fingerprint, force)
     save_exported(out, arrays, description)
     return report_exported(out, description, terminal)
 
 
-def check_replacement(file: Path, weights: str, force: bool) -> None:
-    """Raises ConfigError if `file` holds a model with other weights: only that model can read the files it wrote."""
+def check_replacement(file: Path, key: str, value: str, force: bool) -> None:
+    """Raises ConfigError if `file` holds a model whose description has another value of `key`: only that model can read
+    the files that it wrote."""
     if not file.exists() or force:
         return
     description = None
     with contextlib.suppress(DataError):
         description = box.read_description(file)
-    if not description or description.get("weights") != weights:
+    if not description or description.get(key) != value:
         current = f"model {description['fingerprint']}" if description else "something else"
         raise ConfigError(f"{file} holds {current}, which its .hyp files need; choose another --out, or give --force")
 

@@ -29,7 +29,7 @@ def row_of(path: Path, engine: str) -> str:
     """The row of a file in the table of the page."""
     codec = package.load(VECTORS / "model.npz", engine)
     stream = codec.read(path.read_bytes())
-    y, z = codec.decode([stream])
+    (y,), (_, _, z) = codec.decode([stream]), codec.decode_values([stream])
     index = codec.indexes(z, Span(0, len(z[0]), 0, len(z[0])))
     cells = [f"`{path.name}`", stream.version, f"{stream.width}x{stream.height}", len(stream.escapes)]
     cells += [f"{stream.checksum:08x}"]
