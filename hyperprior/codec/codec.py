@@ -83,7 +83,7 @@ class Codec:
         The formula for MSE was fitted on photographs, see README.md.
         """
         model = self.config.model
-        scales = exact.scales(np.arange(model.num_scales) * 2.0**exact.SUM_BITS, model)
+        scales = exact.scales(np.arange(model.num_scales), model)
         return np.where(self.config.loss.metric == "mse", 40.0 * scales / (scales + 0.3), densities.BITS_PER_SQUARE)
 
     @functools.cached_property
@@ -215,7 +215,7 @@ class Codec:
         model = self.config.model
         total = self.bits_of_latents(y, z, shift[0])
         for values, index in zip((kind, shift), self.adaptation_indexes(kind) if stream.version > 1 else ()):
-            total += densities.bits_of_y(values, exact.scales(index * 2.0**exact.SUM_BITS, model), model.density)
+            total += densities.bits_of_y(values, exact.scales(index, model), model.density)
         return total
 
     def bits_of_latents(self, y: np.ndarray, z: np.ndarray, shift: Any = 0) -> float:
@@ -226,8 +226,7 @@ class Codec:
         model = self.config.model
         for rows in strips(z.shape, tiles.H_S_MARGIN):
             sums = self.engine.index_sums(z[:, rows.source()])[:, rows.inside(Z_ELEMENTS)]
-            sums = np.clip(sums * 2.0**-exact.SUM_BITS, 0.0, model.num_scales - 1.0) + shift
-            scales = exact.scales(sums * 2.0**exact.SUM_BITS, model)
+            scales = exact.scales(exact.places(sums, model.num_scales) + shift, model)
             total += densities.bits_of_y(y[:, rows.target(Z_ELEMENTS)], scales, model.density)
         return total
 

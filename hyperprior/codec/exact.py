@@ -89,13 +89,17 @@ def offset_values(z_offsets: np.ndarray) -> np.ndarray:
     return (z_offsets / 2**ACTIVATION_BITS).astype(np.float32)
 
 
+def places(sums: np.ndarray, num_scales: int) -> np.ndarray:
+    """Places in the table of scales, with fractions: float64; `sums`: in units of 2⁻²⁸, as h_s gives them."""
+    return np.clip(sums * 2.0**-SUM_BITS, 0.0, num_scales - 1.0)
+
+
 def indexes(sums: np.ndarray, num_scales: int) -> np.ndarray:
-    """int32 indexes into the table of scales, rounded to the nearest entry; `sums`: in units of 2⁻²⁸, as h_s gives
-    them."""
-    return np.rint(np.clip(sums * 2.0**-SUM_BITS, 0.0, num_scales - 1.0)).astype(np.int32)
+    """int32 indexes into the table of scales: the entries nearest to `places`."""
+    return np.rint(places(sums, num_scales)).astype(np.int32)
 
 
-def scales(sums: np.ndarray, settings: Model) -> np.ndarray:
-    """Standard deviations, not rounded to entries of the table: float64, for estimates and for the search."""
+def scales(places: np.ndarray, settings: Model) -> np.ndarray:
+    """The standard deviations at places in the table, those beyond its ends as at its ends: float64."""
     low, step = log_scale_table(settings)
-    return np.exp(low + step * np.clip(sums * 2.0**-SUM_BITS, 0.0, settings.num_scales - 1.0))
+    return np.exp(low + step * np.clip(places, 0.0, settings.num_scales - 1.0))

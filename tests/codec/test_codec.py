@@ -113,7 +113,7 @@ def test_the_coded_string_takes_the_bits_of_the_densities(floats: Any, density: 
     rng = np.random.RandomState(2)
     z = rng.randint(-2, 3, (1, 12, 16, 8)).astype(np.int32)
     sums = codec.engine.index_sums(z)
-    scales = exact.scales(sums, SETTINGS.model).astype(np.float32)
+    scales = exact.scales(exact.places(sums, SETTINGS.model.num_scales), SETTINGS.model).astype(np.float32)
     unit = rng.randn if density == "gaussian" else lambda *shape: rng.logistic(0.0, 3**0.5 / np.pi, shape)
     y = np.rint(scales * unit(*scales.shape)).astype(np.float32)
     y[..., ::97, 0] = 6.0  # also where the scale makes this value very unlikely
