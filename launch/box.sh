@@ -60,14 +60,13 @@ for point in "5 wide-5 96 1200 2e-4" "4 wide-4 96 600 1e-4" "3 wide-3 96 1200 2e
         train.validate_every=600
     train "logistic-$quality" "runs/box/low-$quality" "${lambdas[quality]}" "$steps" "$rate" "model.num_filters=$filters" \
         model.density=logistic train.validate_every=300
-    put_in_the_box "logistic-$quality" "q$quality"
 done
 for point in "3 96" "2 64" "1 64"; do
     read -r quality filters <<< "$point"
     train "last-$quality" "runs/box/logistic-$quality" "${lambdas[quality]}" 6000 4e-4 "model.num_filters=$filters" \
         model.density=logistic
-    put_in_the_box "last-$quality" "q$quality"
 done
+for run in logistic-5 logistic-4 last-3 last-2 last-1; do put_in_the_box "$run" "q${run##*-}"; done
 models=(q{1..5} q{1..5}-ms-ssim)
 "$hyperprior" evaluate "${models[@]}" --images "$images" --out runs/box/results
 "$hyperprior" evaluate "${models[@]}" --images "$images" --out runs/box/gate --baselines none --published none
