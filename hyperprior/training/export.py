@@ -77,6 +77,7 @@ def export(
 
     check_replacement(out / box.WEIGHTS, "weights", weights, force)
     made, arrays, description = make_exported(trained, weights, str(out), terminal.say)
+    check_replacement(out / box.WEIGHTS, "fingerprint", made.fingerprint, force)
     try:
         with replace_directory(out) as folder:
             save_exported(folder / box.WEIGHTS, arrays, description)

@@ -111,9 +111,11 @@ def test_another_model_replaces_a_model_only_with_force(run: Path, tmp_path: Pat
         assert codec.load(out).fingerprint != kept
     arrays, state = storage.load_arrays(tmp_path / "keep.npz", box.FORMAT, codec.MOST_BYTES)
     state["fingerprint"] = 16 * "0"  # an older version made other tables from the same weights
-    export.save_exported(tmp_path / "keep.npz", arrays, state)
-    with pytest.raises(ConfigError, match=f"holds model {16 * '0'}, which its .hyp files need"):
-        export.export(other, tmp_path / "keep.npz", Terminal())
+    (tmp_path / "keep" / "model.json").unlink()
+    for out in (tmp_path / "keep", tmp_path / "keep.npz"):
+        export.save_exported(out / "model.npz" if out.is_dir() else out, arrays, state)
+        with pytest.raises(ConfigError, match=f"holds model {16 * '0'}, which its .hyp files need"):
+            export.export(other, out, Terminal())
     (tmp_path / "notes.npz").write_text("mine")
     with pytest.raises(ConfigError, match="holds something else"):
         export.export(run, tmp_path / "notes.npz", Terminal())
