@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the models in the box (hyperprior/codec/box), exports them and measures them on IMAGES.
+# Trains the models in the box, exports them into runs/box/models and measures them on IMAGES.
 # First models of 64 filters: a long run at the highest lambda on small patches, so that a step sees many images; then
 # each lambda starts from the next higher one, on larger patches: small ones consist mostly of borders for h_a and h_s
 # (configs/README.md). The models for MS-SSIM start from these. q5 is trained further, widened to 96 filters and trained
@@ -11,7 +11,9 @@
 #   ./launch/box.sh TRAIN VAL IMAGES [SECTION.KEY=VALUE ...]
 #
 # TRAIN and VAL are shards, several with commas between them. Started again, it continues. Further settings hold for all
-# runs: train.steps=20 tries it out.
+# runs: train.steps=20 tries it out. To ship the models, copy each runs/box/models/NAME/model.npz to
+# hyperprior/codec/box/NAME.npz and runs/box/gate/summary.json to kodak.json there, and add their fingerprints to
+# released.json.
 # HYPERPRIOR names an installed command; without it the script makes .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,8 +30,8 @@ train() {  # run, where it starts, lambda, steps, peak rate, further settings
     "$hyperprior" train configs/box.yaml "train.start_from=$2" "loss.lambda=$3" "train.steps=$4" "train.learning_rate=$5" \
         "${@:6}" "${settings[@]}" --run "runs/box/$1"
 }
-put_in_the_box() {  # run, name
-    "$hyperprior" export "runs/box/$1" --out "hyperprior/codec/box/$2.npz" --force
+export_model() {  # run, name
+    "$hyperprior" export "runs/box/$1" --out "runs/box/models/$2" --force
 }
 
 lambdas=("" 0.0035 0.0067 0.013 0.025 0.0483)  # of q1 to q5
@@ -43,7 +45,7 @@ done
 for point in "5 60.5" "4 31.73" "3 16.64" "2 8.73" "1 4.58"; do
     read -r quality lmbda <<< "$point"
     train "ms-ssim-$quality" "runs/box/narrow-$quality" "$lmbda" 1500 3e-4 loss.metric=ms-ssim train.validate_every=250
-    put_in_the_box "ms-ssim-$quality" "q$quality-ms-ssim"
+    export_model "ms-ssim-$quality" "q$quality-ms-ssim"
 done
 train longer-5 runs/box/narrow-5 "${lambdas[5]}" 5000 4e-4
 before=longer-5
@@ -66,8 +68,7 @@ for point in "3 96" "2 64" "1 64"; do
     train "last-$quality" "runs/box/logistic-$quality" "${lambdas[quality]}" 6000 4e-4 "model.num_filters=$filters" \
         model.density=logistic
 done
-for run in logistic-5 logistic-4 last-3 last-2 last-1; do put_in_the_box "$run" "q${run##*-}"; done
-models=(q{1..5} q{1..5}-ms-ssim)
+for run in logistic-5 logistic-4 last-3 last-2 last-1; do export_model "$run" "q${run##*-}"; done
+models=(runs/box/models/q{1..5} runs/box/models/q{1..5}-ms-ssim)
 "$hyperprior" evaluate "${models[@]}" --images "$images" --out runs/box/results
 "$hyperprior" evaluate "${models[@]}" --images "$images" --out runs/box/gate --baselines none --published none
-cp runs/box/gate/summary.json hyperprior/codec/box/kodak.json

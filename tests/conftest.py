@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +54,17 @@ def photo(seed: int, width: int = 96, height: int = 80) -> Image.Image:
     """A smooth random picture."""
     small = np.random.RandomState(seed).randint(0, 256, (6, 6, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@contextlib.contextmanager
+def less_memory_than(limit: int) -> Iterator[None]:
+    """Fails if Python and NumPy take `limit` bytes or more at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:

@@ -17,7 +17,7 @@ Read in this order:
     search              the encoder's search for latents that cost less
     serving             the codec as a SavedModel
     box                 the search for a model by its name, and the models that ship with the package
-    files               the commands on files: compress, decompress, info
+    files               the commands on files: compress, decompress
 
 Only tensorflow_engine, native, search and serving need TensorFlow. This package knows the model, not its training.
 

@@ -41,7 +41,8 @@ class Codec:
     `info`: the notes of export (step, weights, version, cost of exactness). `engine` computes the transforms: "numpy",
     "tensorflow", or "auto", which is TensorFlow once it pays (`TENSORFLOW_PAYS`).
 
-    Raises ValueError if arrays are missing, or have shapes or values that a model cannot have.
+    Raises KeyError for an array that is missing, ValueError for shapes or values that a model cannot have, and
+    ConfigError for weights that are too large for an integer h_s.
     """
 
     def __init__(
@@ -64,12 +65,9 @@ class Codec:
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
         self.choice, self.pixels, self.process = engine, 0, os.getpid()
-        is_free = "tensorflow" in sys.modules and not stack.is_forked
-        self.engine: Any
-        if engine == "tensorflow" or (engine == "auto" and is_free):
-            self.engine = self.tensorflow_engine
-        else:
-            self.engine = self.numpy_engine
+        self.engine: Any = self.tensorflow_engine if engine == "tensorflow" else self.numpy_engine
+        if engine == "auto" and "tensorflow" in sys.modules and not stack.is_forked:
+            self.try_tensorflow()
 
     @functools.cached_property
     def dead_zone(self) -> np.ndarray:
@@ -122,16 +120,24 @@ class Codec:
         does not copy. Raises ConfigError if TensorFlow was asked for.
         """
         self.pixels += sum(height * width for height, width in sizes)
-        if stack.is_forked and self.process != os.getpid():
-            if self.choice == "tensorflow":
-                raise ConfigError(
-                    "TensorFlow does not work in a process that was forked after its start: load the model in that "
-                    "process with engine='numpy', or start the process with spawn or forkserver"
-                )
+        if self.choice == "tensorflow":
+            self.check_fork()
+        elif stack.is_forked and self.process != os.getpid():
             self.engine = self.numpy_engine
         elif self.choice == "auto" and self.pixels > TENSORFLOW_PAYS and stack.is_installed():
-            with contextlib.suppress(ConfigError):  # one that does not work
-                self.engine = self.tensorflow_engine
+            self.try_tensorflow()
+
+    def try_tensorflow(self) -> None:
+        with contextlib.suppress(ConfigError):  # one that does not work
+            self.engine = self.tensorflow_engine
+
+    def check_fork(self) -> None:
+        """Raises ConfigError in a process that was forked from one with TensorFlow."""
+        if stack.is_forked and self.process != os.getpid():
+            raise ConfigError(
+                "TensorFlow does not work in a process that was forked after its start: load the model in that process "
+                "with engine='numpy' and compress without effort, or start the process with spawn or forkserver"
+            )
 
     def trained_weights(self) -> TrainedWeights:
         """All weights, as the start of another run. Those of h_s have the precision of its integers."""
@@ -187,11 +193,12 @@ class Codec:
         return images
 
     def check_effort(self, effort: int) -> None:
-        """Raises ConfigError for an effort below 0, and for one above 0 if there is no TensorFlow, whose gradients the
-        search needs."""
+        """Raises ConfigError for an effort below 0, and for one above 0 if TensorFlow, whose gradients the search
+        needs, is missing or does not work here."""
         if effort < 0:
             raise ConfigError(f"effort is {effort}; it must be a number of rounds, 0 or more")
         if effort:
+            self.check_fork()
             stack.start_tensorflow()
 
     def read(self, data: bytes, max_pixels: int = container.MAX_PIXELS) -> container.Stream:
@@ -357,7 +364,7 @@ class Codec:
 
 
 def check_arrays(arrays: Arrays, model: config.Model) -> None:
-    """Raises ValueError if arrays are missing, or have shapes, types or values that a model cannot have."""
+    """Raises KeyError for an array that is missing, ValueError for shapes, types or values that a model cannot have."""
     count = model.num_scales + model.hyper_channels
     others = {"z_offsets": (model.hyper_channels,), "tables/first": (count,), "tables/escape": (count,)}
     shapes = {**architecture.shapes_of_weights(model), **others, "tables/lookup": (arrays["tables/lookup"].size,)}

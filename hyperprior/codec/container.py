@@ -84,6 +84,7 @@ def checksum(values: np.ndarray, start: int, before: int) -> int:
 
     A file's checksum starts from `size_checksum` and covers all symbols. Any single wrong symbol changes it.
     """
+    start %= 2**31  # 2i + 1 modulo 2³² needs no more
     values = values.ravel().astype(np.uint32)
     weights = np.arange(start, start + values.size, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
     return int((before + int((values * weights).sum(dtype=np.uint64))) % 2**32)

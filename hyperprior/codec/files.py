@@ -1,4 +1,4 @@
-"""The commands on files: `hyperprior compress`, `decompress` and `info`."""
+"""The commands on files: `hyperprior compress` and `decompress`."""
 
 from __future__ import annotations
 
@@ -274,8 +274,8 @@ def make_codec_finder(model: Optional[str], engine: str = "auto") -> Callable[[b
 
     def find_codec(data: bytes) -> Codec:
         fingerprint = container.read(data, max_pixels=ANY_SIZE).fingerprint.hex()
-        if name := box.find_by_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
-            return load_cached(name)
+        if found := box.find_by_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
+            return load_cached(found)
         release = box.find_release(fingerprint)
         name_it = f"name {release}" if release else "name its run, or the file that `hyperprior export` wrote,"
         raise ConfigError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import bjontegaard
 import numpy as np
 
 from hyperprior.codec.codec import Codec
@@ -187,8 +188,6 @@ def compute_bd(anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float
     2001, PCHIP passes through any number of points, and unlike Akima's method it does not overshoot. Raises
     NotComparable.
     """
-    import bjontegaard
-
     curves = []
     for name, points in (("the anchor", anchor), ("the curve", test)):
         points = sorted(points)

@@ -6,6 +6,7 @@ images of bpp, PSNR and MS-SSIM, as in the published curves. MS-SSIM in dB is co
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from hyperprior import __version__
 from hyperprior.codec import codec
-from hyperprior.errors import ConfigError, GateError
+from hyperprior.errors import ConfigError, DataError, GateError
 from hyperprior.evaluation import curves, gate, pictures, plots, report
 from hyperprior.evaluation.curves import Model
 from hyperprior.evaluation.photos import Photo, find_photos
@@ -51,6 +52,7 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
     """
     photos = find_photos(folder, terminal.warn, out)
     chosen_baselines = baselines.choose(options.baselines, terminal.warn)
+    check_sizes(chosen_baselines, photos)
     published_curves = choose_published(options.published, photos)
     models = load_models(paths, options.effort, options.engine)
     stored = {}
@@ -103,16 +105,16 @@ def evaluate(paths: Sequence[Path], folder: Path, out: Path, options: Options, t
 
 def prepare_out(out: Path) -> None:
     """Makes the folder. Raises ConfigError if it holds files that no evaluation wrote, and that would be replaced."""
+    before = None
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = [name for name in RESULTS if (out / name).exists()]
-        before = json.loads((out / "summary.json").read_bytes()) if found else {"hyperprior": __version__}
-        is_ours = isinstance(before, dict) and "hyperprior" in before
-    except (ValueError, RecursionError, FileNotFoundError):
-        is_ours = False
+        if "summary.json" in found:
+            with contextlib.suppress(ValueError, RecursionError):
+                before = json.loads((out / "summary.json").read_bytes())
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
-    if not is_ours:
+    if found and not (isinstance(before, dict) and "hyperprior" in before):
         raise ConfigError(f"--out {out} holds {found[0]} that no evaluation wrote; choose another")
 
 
@@ -132,6 +134,17 @@ def load_models(paths: Sequence[Path], effort: int = 0, engine: str = "auto") ->
     for loaded in codecs.values():
         loaded.check_effort(effort)
     return curves.name_curves(codecs, effort)
+
+
+def check_sizes(chosen_baselines: Sequence[Baseline], photos: Sequence[Photo]) -> None:
+    """Raises DataError if a photo has a side that is too long for a baseline: each encodes a strip of that length."""
+    widest, tallest = max(photos, key=lambda photo: photo.width), max(photos, key=lambda photo: photo.height)
+    for photo, height, width in ((widest, 1, widest.width), (tallest, tallest.height, 1)):
+        for baseline in chosen_baselines:
+            try:
+                baseline.encode(np.zeros((height, width, 3), np.uint8), baseline.sweep[0])
+            except DataError as error:
+                raise DataError(f"{photo.name}, {photo.width}x{photo.height}: {error}") from error
 
 
 def choose_published(choice: Optional[str], photos: Sequence[Photo]) -> list[dict[str, Any]]:

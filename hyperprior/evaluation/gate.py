@@ -18,9 +18,10 @@ def read_stored(
     """For each model's name the stored point to compare it with: the point of the same metric and lambda.
 
     A model may thus be retrained, renamed or built differently. If several points fit, the one of the same name counts.
+    The effort must be the same.
 
-    `path`: the stored summary.json; `out`: the folder of the new one; `images`: SHA-256 by image name; `models`: metric
-    and lambda by model name. Raises ConfigError if the file, its images or its models do not fit.
+    `path`: the stored summary.json; `out`: the folder of the new one; `images`: SHA-256 by image name; `models`:
+    metric, lambda and effort by model name. Raises ConfigError if the file, its images or its models do not fit.
     """
     if path.resolve() == (out / "summary.json").resolve():
         raise ConfigError(f"--gate {path} would be overwritten by the new result; choose another --out")
@@ -34,6 +35,7 @@ def read_stored(
                 "lambda": float(p["lambda"]),
                 "metric": str(p["metric"]),
                 "loss": float(p.get("loss") or 0.0),
+                "effort": int(p.get("effort") or 0),
             }
             for p in summary["points"]
             if p["kind"] == "model"
@@ -54,16 +56,21 @@ def read_stored(
     stored = {}
     for name, facts in models.items():
         finite = [p for p in points if 0 < p["loss"] < math.inf]
-        fitting = [p for p in finite if all(p[k] == facts[k] for k in ("metric", "lambda"))]
+        fitting = [p for p in finite if all(p[k] == facts[k] for k in ("metric", "lambda", "effort"))]
         fitting = [p for p in fitting if p["point"] == name] if len(fitting) > 1 else fitting
         if len(fitting) != 1:
-            held = ", ".join(f"{p['point']} ({p['metric']}, lambda {p['lambda']:g})" for p in points) or "nothing"
+            held = ", ".join(f"{p['point']} ({describe_setting(p)})" for p in points) or "nothing"
             raise ConfigError(
-                f"--gate {path} does not have exactly one result for {name} ({facts['metric']}, lambda "
-                f"{facts['lambda']:g}); it holds {held}"
+                f"--gate {path} does not have exactly one result for {name} ({describe_setting(facts)}); it "
+                f"holds {held}"
             )
         stored[name] = fitting[0]
     return stored
+
+
+def describe_setting(facts: dict[str, Any]) -> str:
+    effort = f", effort {facts['effort']}" if facts["effort"] else ""
+    return f"{facts['metric']}, lambda {facts['lambda']:g}{effort}"
 
 
 def judge_point(point: dict[str, Any], stored: dict[str, Any], margin: float) -> dict[str, Any]:

@@ -68,16 +68,17 @@ def choose_models(models: Sequence[Model], points: Sequence[dict[str, Any]]) -> 
 def code_photo(
     photo: Photo, pixels: np.ndarray, models: Sequence[Model], chosen_baselines: Sequence[Baseline], files: Files
 ) -> list[Picture]:
-    """The photo coded by each model, and by each baseline in at most as many bytes as by the first model."""
+    """The photo coded by each model, and by each baseline in at most as many bytes as by the first model, if it can."""
     coded = []
     for model in models:
         file = files[model.name, photo.name]
         title = model.name if len(models) > 1 else "hyperprior"
         coded.append(make_picture(title, pixels, model.codec.decompress(file), file))
     for baseline in (each for each in chosen_baselines if each.name in BESIDE):
-        file, quality = baselines.fit(baseline, pixels, len(coded[0].file))
-        title, kind = f"{baseline.label}, quality {quality}", f"image/{baseline.format.lower()}"
-        coded.append(make_picture(title, pixels, baselines.decode(file), file, kind))
+        if fitted := baselines.fit(baseline, pixels, len(coded[0].file)):
+            file, quality = fitted
+            title, kind = f"{baseline.label}, quality {quality}", f"image/{baseline.format.lower()}"
+            coded.append(make_picture(title, pixels, baselines.decode(file), file, kind))
     return coded
 
 

@@ -83,14 +83,17 @@ def make_bd_table(results: Sequence[dict[str, Any]]) -> list[str]:
     return to_markdown(table)
 
 
-def make_comparison_table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A Markdown table of the models whose curve is too short for BD values."""
+def of_short_curves(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons of models whose curve is too short for BD values."""
     length = Counter(curve for curve, _ in {(row["curve"], row["model"]) for row in results})
+    return [row for row in results if length[row["curve"]] < BD_MIN_POINTS]
+
+
+def make_comparison_table(results: Sequence[dict[str, Any]]) -> list[str]:
     table = [["model", "against", "bytes at equal PSNR", "bytes at equal MS-SSIM"]]
-    for row in results:
-        if length[row["curve"]] < BD_MIN_POINTS:
-            cells = ["beyond its curve" if row[m] is None else f"{row[m]:+.1f}%" for m in ("psnr_db", "ms_ssim_db")]
-            table.append([row["model"], row["against"], *cells])
+    for row in of_short_curves(results):
+        cells = ["beyond its curve" if row[m] is None else f"{row[m]:+.1f}%" for m in ("psnr_db", "ms_ssim_db")]
+        table.append([row["model"], row["against"], *cells])
     return to_markdown(table)
 
 
@@ -156,6 +159,7 @@ def render(summary: dict[str, Any], rows: Sequence[dict[str, Any]], pictures: Se
         "about": about + f"hyperprior {summary['hyperprior']}.",
         "points": [{key: point.get(key) for key in POINT} for point in summary["points"]],
         "bd": summary["bd"],
+        "comparisons": of_short_curves(summary["models"]),
         "rows": [{key: row.get(key) for key in ROW} for row in rows],
         "pictures": pictures,
         "pictures_about": "Move the line: the original is left of it. The baselines' files have at most as many bytes "

@@ -146,8 +146,8 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def fit(baseline: Baseline, pixels: np.ndarray, num_bytes: int) -> tuple[bytes, int]:
-    """(file, quality): the highest integer quality whose file has at most `num_bytes`, or quality 1 if none has."""
+def fit(baseline: Baseline, pixels: np.ndarray, num_bytes: int) -> Optional[tuple[bytes, int]]:
+    """(file, quality): the highest integer quality whose file has at most `num_bytes`, or None if none has."""
     low, high, best = 1, 100 if baseline.format != "JPEG" else 95, None
     while low <= high:  # size grows with quality, apart from a few bytes
         middle = (low + high) // 2
@@ -156,7 +156,7 @@ def fit(baseline: Baseline, pixels: np.ndarray, num_bytes: int) -> tuple[bytes, 
             low, best = middle + 1, (data, middle)
         else:
             high = middle - 1
-    return best or (baseline.encode(pixels, 1), 1)
+    return best
 
 
 class Cache:

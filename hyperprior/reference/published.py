@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.resources
 import io
+import math
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -37,9 +38,9 @@ def read_points(path: Optional[Path] = None) -> list[PublishedPoint]:
                 PublishedPoint(
                     codec=row["codec"] + (f", {metric}" if metric else ""),
                     point=row.get("lambda") or "",
-                    bpp=float(row["bpp"]),
-                    psnr_db=float(row["psnr_db"]) if row["psnr_db"] else None,
-                    ms_ssim=float(row["ms_ssim"]) if row["ms_ssim"] else None,
+                    bpp=read_number(row["bpp"]),
+                    psnr_db=read_number(row["psnr_db"]) if row["psnr_db"] else None,
+                    ms_ssim=read_number(row["ms_ssim"], below=1.0) if row["ms_ssim"] else None,
                     source=row.get("source") or "",
                 )
             )
@@ -51,6 +52,13 @@ def read_points(path: Optional[Path] = None) -> list[PublishedPoint]:
             "bpp, psnr_db, ms_ssim and source"
         ) from error
     return points
+
+
+def read_number(text: str, below: float = math.inf) -> float:
+    value = float(text)
+    if not 0.0 < value < below:
+        raise ValueError(f"{text} is not between 0 and {below:g}")
+    return value
 
 
 def paper_curve() -> list[tuple[float, float]]:

@@ -67,7 +67,9 @@ def info_of_file(data: bytes, model: Optional[str]) -> dict[str, Any]:
     }
     if release := box.find_release(fingerprint):
         facts["release"] = release
-    if model := model or box.find_by_fingerprint(fingerprint) or os.environ.get("HYPERPRIOR_MODEL"):
+    if not model and (own := box.find_by_fingerprint(fingerprint)):
+        facts |= {"fits": True, "given_model": f"{own.stem}, {fingerprint}"}
+    elif model := model or os.environ.get("HYPERPRIOR_MODEL"):
         given = box.read_description(model)["fingerprint"]
         facts |= {"fits": given == fingerprint, "given_model": f"{model}, {given}"}
     return facts

@@ -31,14 +31,13 @@ importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
 """
 
 
-def compare_engines(codecs: Sequence[Codec], images: Sequence[np.ndarray]) -> tuple[int, int]:
-    """Checks that each codec reads the files of all. Returns the numbers of files, and of those with equal bytes."""
-    count = equal = 0
+def compare_engines(codecs: Sequence[Codec], images: Sequence[np.ndarray]) -> int:
+    """Checks that each codec reads the files of all. Returns the number of images whose files are equal."""
+    equal = 0
     for image in images:
         files = [codec.compress(image) for codec in codecs]
         equal += len(set(files)) == 1
         for file in files:
-            count += 1
             latents = [codec.latents(file) for codec in codecs]
             assert all(np.array_equal(each, latents[0]) for each in latents)
             pixels = [codec.decompress(file).astype(int) for codec in codecs]
@@ -46,7 +45,7 @@ def compare_engines(codecs: Sequence[Codec], images: Sequence[np.ndarray]) -> tu
             assert all(np.abs(each - pixels[0]).max() <= 1 for each in pixels)
         sums = [codec.engine.index_sums(codecs[0].latents_of([image])[1]) for codec in codecs]
         assert all(np.array_equal(each, sums[0]) for each in sums)
-    return count, equal
+    return equal
 
 
 def both_engines(name: str) -> list[Codec]:
@@ -68,8 +67,7 @@ def both_engines(name: str) -> list[Codec]:
 @pytest.mark.parametrize("name", [*box.in_the_box(), "large"])
 def test_each_engine_reads_the_files_of_both(name: str) -> None:
     sizes = [(130, 70), (1, 1), (64, 200)]
-    count, _ = compare_engines(both_engines(name), [picture(i, *size) for i, size in enumerate(sizes)])
-    assert count == 6
+    compare_engines(both_engines(name), [picture(i, *size) for i, size in enumerate(sizes)])
 
 
 @pytest.mark.slow
@@ -78,9 +76,9 @@ def test_each_engine_reads_the_files_of_both_on_kodak_and_odd_sizes(name: str, s
     kodak = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((samples / "kodak").glob("*.png"))]
     rng = np.random.RandomState(0)
     odd = [kodak[i % 24][: rng.randint(1, 300), : rng.randint(1, 300)] for i in range(40)]
-    count, equal = compare_engines(both_engines(name), [*kodak, *odd])
-    print(f"{name}: {count} files; those of {equal} of 64 images are byte-identical")
-    assert count == 128 and equal > 0
+    equal = compare_engines(both_engines(name), [*kodak, *odd])
+    print(f"{name}: the files of {equal} of 64 images are byte-identical")
+    assert equal > 0
 
 
 def test_auto_changes_to_tensorflow_when_that_pays() -> None:

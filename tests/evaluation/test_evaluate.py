@@ -310,6 +310,8 @@ def test_results_do_not_replace_the_files_of_others(
             run(tmp_path, "a", folder)
         assert (tmp_path / "out" / name).read_text() == content
         (tmp_path / "out" / name).unlink()
+    with pytest.raises(ConfigError, match="out /proc/x cannot be made"):
+        evaluate.evaluate([Path("a")], folder, Path("/proc/x"), evaluate.Options(baselines="none"), QUIET)
     run(tmp_path, "a", folder)
     (tmp_path / "out" / "rd_ms_ssim.png").write_text("of an earlier evaluation, which measured MS-SSIM")
     run(tmp_path, "a", folder)
@@ -340,6 +342,17 @@ def test_a_file_larger_than_an_image_can_be_is_left_out(folder: Path) -> None:
     warnings: list[str] = []
     assert evaluate.find_photos(folder, warnings.append)
     assert f"{folder / 'huge.tif'} cannot be used: a file of 1,431,655,761 bytes" in warnings[-1]
+
+
+@pytest.mark.parametrize(("width", "height", "name"), [(16_384, 2, "webp"), (2, 65_501, "jpeg")])
+def test_an_image_that_a_baseline_cannot_hold_is_named_before_anything_is_measured(
+    tmp_path: Path, folder: Path, models: dict[str, JpegModel], width: int, height: int, name: str
+) -> None:
+    Image.new("RGB", (width, height)).save(folder / "long.png")
+    before = models["a"].calls
+    with pytest.raises(DataError, match=rf"long\.png, {width}x{height}: .* cannot hold"):
+        run(tmp_path, "a", folder, baselines=name)
+    assert models["a"].calls == before and not (tmp_path / "out").exists()
 
 
 # The gate ---------------------------------------------------------------------------------------------------
@@ -398,6 +411,10 @@ def test_a_stored_result_that_does_not_fit_is_refused_before_anything_is_measure
         run(tmp_path, "a", folder, gate=stored)
     with pytest.raises(ConfigError, match=r"exactly one result for b \(mse, lambda 0\.0035\); it holds a"):
         run(tmp_path, "b", folder, out="again", gate=stored)
+    with pytest.raises(
+        ConfigError, match=r"for a \(mse, lambda 0\.0018, effort 20\); it holds a \(mse, lambda 0\.0018\)"
+    ):
+        run(tmp_path, "a", folder, out="again", gate=stored, effort=20)
     with pytest.raises(ConfigError, match=r"is not a summary\.json"):
         run(tmp_path, "a", folder, out="again", gate=folder / "notes.txt")
     pixels = read(folder / "a.png").copy()
@@ -536,10 +553,10 @@ def test_baselines_are_measured_once(
 def test_a_baseline_gets_the_best_quality_that_fits_into_the_given_bytes() -> None:
     pixels = np.asarray(textured(4))
     for name in ("jpeg", "webp"):
-        data, quality = baselines.fit(BASELINES[name], pixels, 9000)
+        data, quality = baselines.fit(BASELINES[name], pixels, 9000) or pytest.fail()
         assert data == BASELINES[name].encode(pixels, quality)
         assert len(data) <= 9000 < len(BASELINES[name].encode(pixels, quality + 1))
-    assert baselines.fit(BASELINES["jpeg"], pixels, 10)[1] == 1  # no quality fits
+    assert baselines.fit(BASELINES["jpeg"], pixels, 10) is None
 
 
 # Published points -------------------------------------------------------------------------------------------
@@ -556,9 +573,10 @@ def test_the_shipped_curves_are_used_only_for_the_kodak_images(tmp_path: Path) -
     (first, second) = evaluate.choose_published(str(path), [])
     assert (first["curve"], first["psnr_db"], first["ms_ssim"]) == ("X", 30.0, None)
     assert (second["psnr_db"], second["ms_ssim_db"]) == (None, pytest.approx(10.0))
-    path.write_text("codec,bpp,psnr_db,ms_ssim\nX,0.5,30.0,\nX,half,30.0,\n")
-    with pytest.raises(ConfigError, match=r"own\.csv, point 2: .*half"):
-        evaluate.choose_published(str(path), [])
+    for row in ("X,half,30.0,", "X,0.5,nan,", "X,inf,30.0,", "X,0,30.0,", "X,0.5,,1.0", "X,,30.0,"):
+        path.write_text(f"codec,bpp,psnr_db,ms_ssim\nX,0.5,30.0,\n{row}\n")
+        with pytest.raises(ConfigError, match=r"own\.csv, point 2: "):
+            evaluate.choose_published(str(path), [])
     with pytest.raises(ConfigError, match="cannot be read"):
         evaluate.choose_published(str(tmp_path / "missing.csv"), [])
 

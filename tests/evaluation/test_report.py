@@ -46,9 +46,18 @@ def page(tmp_path: Path) -> Path:
         "images": [{"name": name} for name in names],
         "points": points,
         "bd": [{"curve": "ours", "against": "JPEG", "kind": "baseline", "psnr_db": delta, "ms_ssim_db": delta}],
+        "models": [{"curve": "mine", "model": "mine", "against": "JPEG", "psnr_db": -3.04, "ms_ssim_db": None}],
     }
     rows = [
-        {"curve": "ours", "point": "p1", "image": name, "width": 96, "height": 80, "bytes": size, "bpp": size / 960}
+        {
+            "curve": "our  curve",
+            "point": "p1",
+            "image": name,
+            "width": 96,
+            "height": 80,
+            "bytes": size,
+            "bpp": size / 960,
+        }
         | {"psnr_db": 30.0 + size / 1e3, "ms_ssim": None, "encode_seconds": 0.1, "decode_seconds": 0.2}
         for name, size in zip(names, (900, 1200))
     ]
@@ -103,6 +112,7 @@ def test_in_a_browser_slider_and_tables_work_without_errors(page: Path, width: i
         assert slider.locator(".over").get_attribute("src") == shown  # all versions are black here
         assert "right: JPEG, 1 byte" in figure.inner_text() and HOSTILE in figure.inner_text()
 
+        assert tab.locator("#comparisons td").all_inner_texts() == ["mine", "JPEG", "-3.0%", "beyond its curve"]
         tab.locator("#images th button").nth(2).click()
         cells = tab.locator("#images tbody td:nth-child(3)")
         assert cells.all_inner_texts() == ["900", "1,200"]

@@ -28,15 +28,15 @@ def in_the_box() -> dict[str, Path]:
 
 
 def find(model: str | Path) -> Path:
-    """The .npz of a model: a name such as q3, a file, a model directory, or a run. Raises ConfigError."""
+    """The .npz of a model: a file, a model directory, a run, or else a name such as q3. Raises ConfigError."""
     path = Path(model)
-    if str(model) in in_the_box() and not path.exists():
-        return in_the_box()[str(model)]
     for candidate in (path, path / WEIGHTS, path / "model" / WEIGHTS):
         if candidate.is_file():
             return candidate
     if (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} holds no exported model; `hyperprior export {path}` makes one")
+    if str(model) in in_the_box():
+        return in_the_box()[str(model)]
     known = f", or one of {', '.join(in_the_box())}" if in_the_box() else ""
     raise ConfigError(f"{path} is no model: give a run, a model that `hyperprior export RUN` wrote{known}")
 
@@ -59,12 +59,12 @@ def choose(model: Optional[str], quality: Optional[int] = None, metric: Optional
             f"{' '.join(given)} is not in the box; {', '.join(in_the_box())} are (q1: --quality 1; q1-ms-ssim: "
             f"--quality 1 --metric ms-ssim)"
         )
-    return name
+    return str(in_the_box()[name])  # not the name, which may also be that of a user's model
 
 
-def find_by_fingerprint(fingerprint: str) -> Optional[str]:
-    """The name of the model in the box with this fingerprint, or None."""
-    return next((name for name in in_the_box() if read_description(name)["fingerprint"] == fingerprint), None)
+def find_by_fingerprint(fingerprint: str) -> Optional[Path]:
+    """The model in the box with this fingerprint, or None."""
+    return next((path for path in in_the_box().values() if read_description(path)["fingerprint"] == fingerprint), None)
 
 
 def find_release(fingerprint: str) -> Optional[str]:
