@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from pathlib import Path
@@ -12,8 +13,9 @@ from hyperprior.errors import ConfigError
 
 def find_config(first: Optional[str], overrides: list[str], run: Optional[Path]) -> tuple[Path, list[str]]:
     """The config of `train`: CONFIG, or that of the run that goes on. `first`: the first argument, or None."""
-    if first and ("=" not in first or Path(first).exists()):
-        return Path(first), overrides
+    with contextlib.suppress(OSError):  # settings that are too long for a name
+        if first and ("=" not in first or Path(first).exists()):
+            return Path(first), overrides
     if run is None or not (run / "config.yaml").is_file():
         raise ConfigError("there is no CONFIG; give a YAML file, or --run with the directory of a run to continue")
     return run / "config.yaml", [first, *overrides] if first else overrides

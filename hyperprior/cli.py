@@ -134,7 +134,6 @@ def sweep(
     Example: `hyperprior sweep configs/quickstart.yaml --lambdas 0.0035,0.013,0.0483 --images kodak/`
     """
     stack.restart_with_allocator()
-    stack.start_tensorflow()
     from hyperprior.training import sweep as job
 
     if images:

@@ -33,6 +33,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=note_fork)
 
 
+def count_cores() -> int:
+    """The cores that this process may use, as TensorFlow counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+
+
 def is_installed() -> bool:
     return importlib.util.find_spec("tensorflow") is not None
 

@@ -277,8 +277,9 @@ def lock_directory(folder: Path) -> Iterator[None]:
 
     Makes the directory if it is missing. At the end it removes a directory that it made if only the lock is in it.
     """
-    lock, is_new = folder / "lock", not folder.exists()
+    lock = folder / "lock"
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         file = lock.open("a")
     except OSError as error:

@@ -30,12 +30,18 @@ shift
 find_hyperprior || exit
 
 settle=60 # seconds that the other workers have to end by themselves after one failed
-gpus="$(nvidia-smi --list-gpus 2> /dev/null | wc -l)"
-if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$count" ]; then
-    echo "$0: $count workers need one GPU each, this machine has $gpus; CUDA_VISIBLE_DEVICES= trains on the CPU" >&2
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES/#-1*/}"
+else
+    gpus=($(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null))
+fi
+if [ ${#gpus[@]} -gt 0 ] && [ ${#gpus[@]} -lt "$count" ]; then
+    echo "$0: $count workers need one GPU each, there are ${#gpus[@]}; CUDA_VISIBLE_DEVICES= trains on the CPU" >&2
     exit 2
 fi
-threads=$(($(nproc) / count))
+threads=$(($(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) / count))
+python="$(dirname "$hyperprior")/python"
+if [ ! -x "$python" ]; then python=python3; fi
 pids=()
 stopping=""
 
@@ -48,7 +54,7 @@ trap stop TERM INT
 start() {
     local ports cluster i
     pids=()
-    ports="$("$(dirname "$hyperprior")/python" -c '
+    ports="$("$python" -c '
 import socket, sys
 sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
 for s in sockets:
@@ -59,8 +65,8 @@ print(", ".join("\"127.0.0.1:%d\"" % s.getsockname()[1] for s in sockets))' "$co
         (
             trap - TERM INT
             export TF_CONFIG="{\"cluster\": {\"worker\": [$ports]}, \"task\": {\"type\": \"worker\", \"index\": $i}}"
-            if [ "$gpus" -gt 0 ]; then
-                export CUDA_VISIBLE_DEVICES="$i"
+            if [ ${#gpus[@]} -gt 0 ]; then
+                export CUDA_VISIBLE_DEVICES="${gpus[i]}"
             else
                 export TF_NUM_INTRAOP_THREADS="${TF_NUM_INTRAOP_THREADS:-$((threads > 0 ? threads : 1))}"
             fi

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Optional
 
-from hyperprior import image_files, images
+from hyperprior import image_files, images, stack
 from hyperprior.data import shards, stream, tars
 from hyperprior.data.lanes import group_of
 from hyperprior.data.shards import Ignored, Sample, Shard
@@ -88,7 +87,7 @@ def inspect(sources: list[str], patch_size: int, allow_pipe: bool, terminal: Ter
     with (
         terminal.track("inspecting", len(opened)) as track,
         terminal.waiting() as wait_for,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(stack.count_cores()) as pool,
     ):
         for index, shard in enumerate(opened):
             if shard.part == 0:

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple, Optional, Union
 import numpy as np
 from PIL import Image
 
-from hyperprior import image_files, images, storage
+from hyperprior import image_files, images, stack, storage
 from hyperprior.data import shards, stream, tars
 from hyperprior.data.lanes import group_of
 from hyperprior.data.shards import Sample, Shard
@@ -130,7 +130,7 @@ def write_shards(
     """Packs all samples under `names`, and returns the paths of all shards, new and old."""
     paths: list[Path] = []
     total = len(names)
-    with terminal.track("packing", total) as track, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with terminal.track("packing", total) as track, ThreadPoolExecutor(stack.count_cores()) as pool:
         for first in range(0, total, options.images_per_shard):
             group = names[first : first + options.images_per_shard]
             named = [(next(samples), name) for name in group]

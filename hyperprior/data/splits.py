@@ -5,13 +5,12 @@ A hash of a sample's key decides its split. So the split does not depend on the 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from hyperprior import config
+from hyperprior import config, stack
 from hyperprior.data import lanes, shards
 from hyperprior.data.lanes import Keep
 from hyperprior.data.shards import Shard
@@ -112,7 +111,7 @@ def make_split(all_shards: list[Shard], keep: Keep, keys: list[str], *, with_dig
 def list_keys(all_shards: list[Shard], name: str, terminal: Terminal) -> list[str]:
     """The keys of all samples, shard by shard. Reads tar headers and whole URLs. Raises DataError for none."""
     keys: list[str] = []
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool, terminal.waiting() as wait_for:
+    with ThreadPoolExecutor(min(16, 4 * stack.count_cores())) as pool, terminal.waiting() as wait_for:
         futures = [pool.submit(lambda shard: [sample.key for sample in shard.samples()], shard) for shard in all_shards]
         for shard, future in zip(all_shards, futures):
             wait_for(shard.name)

@@ -9,7 +9,6 @@ inside its lane, and counted with the batch that skips it. It never shifts anoth
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Optional, TypeVar, Union
 
 import numpy as np
 
-from hyperprior import config, images
+from hyperprior import config, images, stack
 from hyperprior.data import lanes, patches
 from hyperprior.data.lanes import Cursor, Item, LostRest
 from hyperprior.data.shards import Sample, Shard
@@ -178,7 +177,7 @@ class Decoder:
 
     def __init__(self, settings: config.Data, seed: int, lanes: int, shards: Sequence[Shard], tell: Tell):
         self.settings, self.seed, self.tell = settings, seed, tell
-        threads = settings.decode_threads or os.cpu_count() or 1
+        threads = settings.decode_threads or stack.count_cores()
         self.pool = ThreadPoolExecutor(threads, "decode")
         self.group = max(1, GROUP // settings.patches_per_image)  # items
         self.at_a_time, self.ahead = 1, AHEAD  # items that a lane takes, and has
@@ -345,7 +344,7 @@ def eval_batches(
             return EvalImage(blank, 0.0, Skip(sample.name, str(error), classify_error(error)))
 
     samples = (sample for shard in split.shards for sample in shard.samples() if split.keep(sample.key))
-    with ThreadPoolExecutor(settings.decode_threads or os.cpu_count(), "decode") as pool:
+    with ThreadPoolExecutor(settings.decode_threads or stack.count_cores(), "decode") as pool:
         pending: deque[list[Future[EvalImage]]] = deque()
         for _ in range(-(-split.images // batch_size)):
             group = [next(samples, None) for _ in range(batch_size)]

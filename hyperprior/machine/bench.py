@@ -17,6 +17,7 @@ import tensorflow as tf
 import yaml
 from PIL import Image
 
+from hyperprior import stack
 from hyperprior.codec.codec import Codec
 from hyperprior.codec.making import make_arrays
 from hyperprior.config import Config, without_secrets
@@ -40,7 +41,7 @@ def bench(settings: Config, parts: list[str], repeats: int, terminal: Terminal) 
     world = World(settings.distribute, settings.train.batch_size)
     world.check_batch()
     figures: dict[str, Any] = {
-        "cores": os.cpu_count(),
+        "cores": stack.count_cores(),
         "tensorflow": tf.__version__,
         "config": without_secrets(settings).to_dict(),
         "environment": world.environment(),
@@ -64,6 +65,8 @@ def bench_train(settings: Config, world: World, repeats: int, terminal: Terminal
         )
         chunk = feed.next_chunk()
         feed.close()
+        if chunk.error:
+            raise chunk.error
         count = len(chunk.batches)
 
         def train_on_kept_chunk() -> int:

@@ -20,6 +20,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import tensorflow as tf
 
+from hyperprior import stack
 from hyperprior.codec import native
 from hyperprior.config import Config
 from hyperprior.data import splits, stream
@@ -124,8 +125,7 @@ def check_cpu() -> Finding:
     known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpu_flags()]
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS")
     onednn = f"TF_ENABLE_ONEDNN_OPTS={setting}" if setting else "oneDNN on for float32"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
-    return Finding("CPU", f"{cores} cores, {', '.join(known) or 'no AVX2'}, {onednn}")
+    return Finding("CPU", f"{stack.count_cores()} cores, {', '.join(known) or 'no AVX2'}, {onednn}")
 
 
 def check_precision(settings: Optional[Config]) -> list[Finding]:

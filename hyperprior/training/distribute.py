@@ -178,7 +178,7 @@ def count_threads() -> Optional[int]:
     """The number of threads inside an operation: from the config, or as TensorFlow chooses it."""
     setting = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
     number = tf.config.threading.get_intra_op_parallelism_threads() or (int(setting) if setting.isdecimal() else 0)
-    return number or os.cpu_count()
+    return number or stack.count_cores()
 
 
 def describe_hardware(gpus: list[Any]) -> str:

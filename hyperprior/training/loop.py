@@ -29,7 +29,7 @@ from hyperprior.training.calls import Call, Calls
 from hyperprior.training.distribute import World
 from hyperprior.training.feed import Feed
 from hyperprior.training.progress import Progress
-from hyperprior.training.resume import State
+from hyperprior.training.resume import Best, State
 from hyperprior.training.steps import build_model, make_train_steps
 from hyperprior.training.stop import StopRequest
 from hyperprior.training.timetable import Timetable
@@ -55,7 +55,10 @@ def train(settings: Config, run: Path, terminal: Terminal, owns_process: bool = 
             terminal = Terminal(quiet=True)
 
         def take_directory() -> None:
-            check_directory(run)
+            try:
+                check_directory(run)
+            except OSError as error:  # a name that is too long, a folder that may not be read
+                raise ConfigError(f"run directory {run} cannot be used: {error.strerror}") from error
             if world.is_chief:
                 resources.enter_context(storage.lock_directory(run))
                 storage.remove_unfinished(run, r"config\.yaml|results\.json|metrics\.jsonl")
@@ -105,8 +108,8 @@ class Trainer:
         if saved:
             arrays, self.state = saved
             world.on_every_worker(lambda: self.optimizer.assign(arrays, str(self.checkpoints)))
-            resume.forget_lost_best(self.checkpoints, self.state.best, terminal.warn)
-            world.check_same({"best step": self.state.best.step})
+            self.state.failed = min(self.state.failed, settings.train.nonfinite_limit() - 1)  # the limit may be new
+            self.restore_best()
             self.optimizer.decays.assign(self.state.decays)
         self.evaluator = Evaluator(world, self.model, settings, stop)
         world.on_every_worker(self.check_held_out)
@@ -114,6 +117,17 @@ class Trainer:
 
     def keep_weights(self, model: ScaleHyperprior) -> None:
         """The checkpoint replaces them."""
+
+    def restore_best(self) -> None:
+        """Writes the best weights again if the run was killed between their checkpoint and them. Else, if they are
+        damaged or of a step that the resumed run has not reached, forgets the best."""
+        describe = functools.partial(resume.describe_lost_best, self.checkpoints, self.state.best)
+        (lost, *_) = self.world.gather(self.world.on_every_worker(describe if self.world.is_chief else lambda: None))
+        if lost and self.state.best.step == self.state.step:
+            self.world.on_every_worker(self.write_best)
+        elif lost:
+            self.terminal.warn(f"{lost}; the search for the best starts again")
+            self.state.best = Best()
 
     def set_start_weights(self, model: ScaleHyperprior) -> None:
         self.world.on_every_worker(lambda: resume.set_start_weights(model, self.settings, self.terminal.warn))
@@ -247,17 +261,17 @@ class Trainer:
         return outcome.stopped
 
     def validate(self, track: Track) -> bool:
-        """Validates, saves new best weights and counts patience. Returns False if a stop interrupted it."""
+        """Validates and counts patience. Returns False if a stop interrupted it."""
         state = self.state
         began = time.perf_counter()
         self.optimizer.publish()
-        values = self.evaluator.compute_means(self.splits.val, self.progress.report_skip)
+        values = self.evaluator.compute_means(self.splits.val, self.progress.report_skips)
         if values is None:
             return False
         state.validated_step = state.step
-        if state.best.update(values["loss"], state.step):
-            self.world.on_every_worker(self.write_best)
-        elif self.settings.train.schedule == "plateau" and state.best.stale % self.settings.train.decay_patience == 0:
+        is_best = state.best.update(values["loss"], state.step)
+        patience = self.settings.train.decay_patience
+        if not is_best and self.settings.train.schedule == "plateau" and state.best.stale % patience == 0:
             state.decays += 1
             self.optimizer.decays.assign(state.decays)
         self.progress.report_validation(values, time.perf_counter() - began, track)
@@ -278,7 +292,7 @@ class Trainer:
         self.world.check_same({"step of the best weights": step})
         values: Optional[dict[str, float]] = {}
         if self.splits.test.images:
-            values = self.evaluator.compute_means(self.splits.test, self.progress.report_skip)
+            values = self.evaluator.compute_means(self.splits.test, self.progress.report_skips)
         if values is None:
             self.raise_stopped(f"stopped while evaluating; start the same command again to finish {self.run}")
         return {
@@ -310,12 +324,14 @@ class Trainer:
     # Files ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Saves a checkpoint with the cursors of all workers."""
+        """Saves a checkpoint with the cursors of all workers, and then the weights if they are the best."""
         cursors = np.zeros((self.world.batch_size, len(Cursor._fields)), np.int64)
         for lane in self.world.lanes(self.world.batch_size):
             cursors[lane] = self.state.cursors[lane]
         self.state.cursors = [Cursor(*map(int, row)) for row in self.world.sum_workers(cursors)]
         self.world.on_every_worker(self.write_checkpoint)
+        if self.state.best.loss is not None and self.state.best.step == self.state.step:
+            self.world.on_every_worker(self.write_best)
 
     def write_checkpoint(self) -> None:
         if not self.world.is_chief:
@@ -333,6 +349,7 @@ class Trainer:
 
     def write_best(self) -> None:
         if self.world.is_chief:
+            self.optimizer.publish()
             best = self.state.best
             state = {"step": best.step, "loss": best.loss, "config": without_secrets(self.settings).to_dict()}
             checkpoint.save(checkpoint.best_path(self.checkpoints), values_of(self.model_variables()), state)

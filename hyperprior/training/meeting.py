@@ -82,7 +82,10 @@ def wait_for_workers(cluster: list[str], own: int, seconds: int, warn: Callable[
     def describe_missing() -> str:
         return f"{', '.join(f'worker {i} ({address})' for i, address in missing.items())} of {len(cluster)} workers"
 
-    with socket.socket() as listener:
+    has_both = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if has_both else socket.AF_INET) as listener:
+        if has_both:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4, too
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", int(cluster[own].rpartition(":")[2])))

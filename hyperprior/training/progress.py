@@ -34,7 +34,7 @@ class Progress:
     def __init__(self, world: World, settings: Config, run: Path, state: State, pictures: Pictures, terminal: Terminal):
         self.world, self.settings, self.run, self.state, self.terminal = world, settings, run, state, terminal
         self.pictures = pictures
-        is_validated = state.step == state.validated_step > 0
+        is_validated = state.step == state.validated_step and (state.step > 0 or state.best.loss is not None)
         self.report = Summaries(run, state.step, terminal.warn, world.is_chief, is_validated)
         self.is_tracing = False
         self.restart_clock(time.perf_counter())
@@ -47,12 +47,14 @@ class Progress:
 
     def restart_clock(self, began: float) -> None:
         """Starts the time over which speeds are measured. `waited_seconds` of it the devices had no input."""
-        self.began, self.all_reduce_seconds, self.waited_seconds = began, 0.0, 0.0
+        self.began = self.ended = began
+        self.timed_steps, self.all_reduce_seconds, self.waited_seconds = 0, 0.0, 0.0
 
     def add_sums(self, outcome: Outcome) -> None:
         """Adds the sums of a call to the means that `log_means` reports."""
         for name, value in zip(SUMMED, map(float, outcome.sums)):
             self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+        self.timed_steps += outcome.done
         self.all_reduce_seconds += outcome.all_reduce
         self.ended = outcome.ended  # a later call may have ended by now
 
@@ -67,7 +69,7 @@ class Progress:
             values["gradient_norm"] = norm / norms
         values["bpp"] = values["bpp_y"] + values["bpp_z"]
         values["learning_rate"] = float(optimizer.learning_rate(tf.constant(state.step - 1)))
-        values["images_per_s"] = (state.step - state.logged_step) * self.world.batch_size / seconds
+        values["images_per_s"] = self.timed_steps * self.world.batch_size / seconds
         values["input_wait"] = self.waited_seconds / seconds
         if self.world.device_kind == "CPU":  # on a GPU the graph reads its clock before the queued work is done
             values["all_reduce"] = self.all_reduce_seconds / seconds

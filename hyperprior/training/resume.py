@@ -158,15 +158,14 @@ def describe_data(splits: Splits, fingerprint: Optional[str] = None) -> str:
     return f"{len(splits.train.shards)} shards (fingerprint {fingerprint or splits.fingerprint()})"
 
 
-def forget_lost_best(folder: Path, best: Best, warn: Callable[[str], None]) -> None:
-    """Forgets the best if its weights are damaged, or if they are of a step that the resumed run has not reached."""
-    if best.loss is None:
-        return
+def describe_lost_best(folder: Path, best: Best) -> Optional[str]:
+    """Why the weights of the best validation cannot be used, or None."""
     try:
-        checkpoint.load_best(folder, best.step)
+        if best.loss is not None:
+            checkpoint.load_best(folder, best.step)
     except ValueError as error:
-        warn(f"{error}; the search for the best starts again")
-        best.loss, best.step, best.stale = None, 0, 0
+        return str(error)
+    return None
 
 
 def set_start_weights(model: ScaleHyperprior, settings: Config, warn: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import json
 import math
 import os
 import re
@@ -73,7 +74,7 @@ def list_visible_gpus() -> list[str]:
 
 
 def sweep(plan: Plan, lambdas: Sequence[float], terminal: Terminal) -> list[Path]:
-    """Trains unfinished runs, writes OUT/sweep.md, and returns the runs' folders.
+    """Trains unfinished runs, writes OUT/sweep.md with all runs in OUT, and returns the folders.
 
     Raises ConfigError before it trains anything, and later the error that ended a run.
     """
@@ -81,8 +82,10 @@ def sweep(plan: Plan, lambdas: Sequence[float], terminal: Terminal) -> list[Path
     origins = [None, *lambdas[:-1]] if plan.warm_start else [None] * len(lambdas)
     train_all(plan, list(zip(lambdas, origins)), terminal)
     rows = [result_of(plan, lmbda) for lmbda in lambdas]
-    write_text(plan.out / "sweep.md", make_table(rows))
-    terminal.say(make_table(rows).rstrip())
+    results = map(read_result, plan.out.glob("lambda-*"))  # of earlier sweeps, too
+    table = make_table(sorted((row for row in results if row and "loss" in row), key=lambda row: row["lambda"]))
+    write_text(plan.out / "sweep.md", table)
+    terminal.say(table.rstrip())
     runs = [plan.folder(lmbda) for lmbda in lambdas]
     terminal.tell([{"run": str(run), **row} for run, row in zip(runs, rows)])
     return runs
@@ -214,7 +217,7 @@ def train_all(plan: Plan, runs: Sequence[tuple[float, Optional[float]]], termina
 def start_run(plan: Plan, lmbda: float, origin: Optional[float], slot: int) -> subprocess.Popen[bytes]:
     overrides = [*plan.overrides, f"loss.lambda={lmbda!r}"]
     if origin is not None:
-        overrides.append(f"train.start_from={plan.folder(origin)}")
+        overrides.append(f"train.start_from={json.dumps(str(plan.folder(origin)))}")
     command = [sys.executable, "-m", "hyperprior", "train", str(plan.config), *overrides]
     command += ["--run", str(plan.folder(lmbda)), *(["--quiet"] if plan.quiet and plan.jobs == 1 else [])]
     environment = dict(os.environ)

@@ -50,15 +50,15 @@ class Evaluator:
                     f"data.eval_crop={self.settings.data.eval_crop}; lower it, or give other images"
                 )
 
-    def compute_means(self, split: Split, report_skip: Callable[[Skip], None]) -> Optional[dict[str, float]]:
-        """Means over a split, or None if a worker must stop. Calls `report_skip` for each image that cannot be used."""
+    def compute_means(self, split: Split, report_skips: Callable[[list[Skip]], None]) -> Optional[dict[str, float]]:
+        """Means over a split, or None if a worker must stop. Calls `report_skips` with own unusable images."""
         world = self.world
         # Whole images differ in shape, so each replica gets one at a time.
         each = 1 if self.settings.data.eval_crop == "full" else world.replica_batch
         batch_size = each * world.replicas
         own = world.lanes(batch_size)
         z_offset = self.model.z_offset()
-        totals = np.zeros(len(SUMMED))
+        totals, skips = np.zeros(len(SUMMED)), []
         batches = eval_batches(split, self.settings.data, own, batch_size, self.min_side)
         with contextlib.closing(batches):
             while places := self.next_places(batches, len(own)):
@@ -70,9 +70,8 @@ class Evaluator:
                 if stops > 0:
                     return None
                 totals += sums
-                for place in places:
-                    if place.skip:
-                        report_skip(place.skip)
+                skips += [place.skip for place in places if place.skip]
+        report_skips(skips)
         return divide_sums(dict(zip(SUMMED, map(float, totals))))
 
     def next_places(self, batches: Iterator[list[EvalImage]], count: int) -> list[EvalImage]:

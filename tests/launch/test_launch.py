@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import yaml
@@ -69,6 +70,29 @@ def test_workers_sh_prints_its_usage_and_passes_exit_codes_on(stand_in: dict[str
     time.sleep(2)
     running.send_signal(signal.SIGTERM)
     assert running.wait(10) == 75  # no restart after SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers", "seen"),
+    [(None, 2, {"0", "1"}), ("2,3", 2, {"2", "3"}), ("3", 2, None), ("", 2, {""}), ("-1", 2, {"-1"}), (None, 3, None)],
+)
+def test_workers_sh_gives_each_worker_one_of_the_visible_gpus(
+    stand_in: dict[str, str], tmp_path: Path, visible: Optional[str], workers: int, seen: Optional[set[str]]
+) -> None:
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 0\necho 1\n")
+    nvidia_smi.chmod(0o755)
+    command = Path(stand_in["HYPERPRIOR"])
+    command.write_text('#!/bin/sh\necho "gpu:$CUDA_VISIBLE_DEVICES" >> "$0.log"\n')
+    environment = {name: value for name, value in stand_in.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    script = [ROOT / "launch" / "workers.sh", str(workers), "c.yaml"]
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60)
+    if seen is None:
+        assert ended.returncode == 2 and "workers need one GPU each, there are" in ended.stderr
+    else:
+        lines = Path(f"{command}.log").read_text().splitlines()
+        assert ended.returncode == 0 and len(lines) == workers and {line[4:] for line in lines} == seen
 
 
 def test_workers_sh_starts_no_worker_after_a_signal(stand_in: dict[str, str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, encoded, photo, tar_bytes
 
 from hyperprior.config import load_config, validate
-from hyperprior.errors import HyperpriorError
+from hyperprior.errors import DataError, HyperpriorError
 from hyperprior.machine import bench, bench_input
 from hyperprior.model.hyperprior import ScaleHyperprior
 from hyperprior.model.work import work_of_layers
@@ -31,6 +31,21 @@ def test_a_start_that_fails_is_an_error(tmp_path: Path) -> None:
     settings = load_config(None, [*TINY, f"data.train=[{tmp_path / 'none.tar'}]", "train.steps=1000"])
     with pytest.raises(HyperpriorError, match="hyperprior train .* ended with exit code 3$"):
         bench.bench(settings, ["start"], 1, Terminal())
+
+
+def test_input_without_jpegs_is_measured_without_a_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_input, "INPUT_SECONDS", 0.1)
+    path = tmp_path / "t.tar"
+    path.write_bytes(tar_bytes((f"{i}.png", encoded(photo(i, 96, 80), "PNG")) for i in range(40)))
+    settings = load_config(None, [*TINY, f"data.train=[{path}]", "train.steps=1000", "train.validate_every=null"])
+    figures = bench.bench(settings, ["input"], 1, Terminal())
+    assert list(figures["input"]["patches_per_s"]) == ["ours", "ours, 4 patches an image"]
+    assert "no JPEG of 64x64 or more" in capsys.readouterr().out
+    settings = load_config(None, [*TINY, f"data.train=[{path}]", "data.patch_size=256", "train.steps=1000"])
+    with pytest.raises(DataError, match="t.tar"):
+        bench.bench(settings, ["train"], 1, Terminal())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open

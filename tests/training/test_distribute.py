@@ -144,8 +144,11 @@ def test_a_resume_on_other_hardware_warns_once_and_an_old_checkpoint_does_not(tm
         assert len(warnings) == len(expected) and all(map(str.startswith, warnings, expected)), warnings
 
 
-def test_a_worker_stays_until_all_have_met_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster, met = addresses(2), list[int]()
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_worker_stays_until_all_have_met_it(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    if "::" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    cluster, met = [address.replace("127.0.0.1", host) for address in addresses(2)], list[int]()
     original = meeting.is_reachable
 
     def call(address: str) -> bool:

@@ -111,21 +111,23 @@ def test_the_rd_plane_says_the_last_validation_in_letters_that_can_be_read() -> 
     assert text_height(plane, lambda strip: (strip[..., 0] - strip[..., 1]) > 100) >= 9
 
 
-def test_speed_is_measured_to_the_end_of_the_calls_that_are_reported(tmp_path: Path) -> None:
+def test_speed_is_measured_from_the_resume_to_the_end_of_the_calls_that_are_reported(tmp_path: Path) -> None:
     """The call after them may have ended, too: with a skipped sample, workers meet before the report."""
     world: Any = SimpleNamespace(is_chief=True, batch_size=4, device_kind="GPU")
     optimizer: Any = SimpleNamespace(learning_rate=lambda step: 0.1)
-    state, nothing = State([]), SimpleNamespace()
+    state, nothing = State([], step=90, sums=dict.fromkeys(SUMMED, 90.0)), SimpleNamespace()
     progress = Progress(world, load_config(None, []), tmp_path, state, nothing, Terminal(quiet=True))  # type: ignore[arg-type]
     progress.restart_clock(100.0)
-    with Terminal(quiet=True).track("", 20) as track:
+    with Terminal(quiet=True).track("", 110) as track:
+        progress.log_means(optimizer, track)  # a stop before the first call has ended
+        state.logged_step, state.sums = 0, dict.fromkeys(SUMMED, 90.0)
         for ended in (102.0, 107.0):
             state.step += 10
             progress.add_sums(Outcome(10, False, 0, np.ones(len(SUMMED)), Counts(), 0.0, ended))
             progress.log_means(optimizer, track)
     progress.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["images_per_s"] for row in rows] == [20.0, 8.0]
+    assert [row["images_per_s"] for row in rows] == [0.0, 20.0, 8.0]
 
 
 def test_pictures_that_fail_do_not_end_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 from conftest import TINY, Command, photo
 
 from hyperprior import cli, stack
+from hyperprior.config import load_config
 from hyperprior.errors import ConfigError, Stopped
 from hyperprior.training import sweep
 
@@ -144,6 +145,16 @@ def test_a_wrong_sweep_is_refused_before_anything_is_trained(
     ).stderr
     assert "nothing.tar" in failed and "lambda-0.01 ended with exit code 3" in failed
     assert not (tmp_path / "out" / "lambda-0.02").exists()
+
+
+@pytest.mark.parametrize("folder", ["runs/sweep #2", "runs/a: b", "@x", "*x"])
+def test_a_warm_start_finds_a_folder_of_any_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: commands.append(command))
+    plan = sweep.Plan(tmp_path / "c.yaml", [], tmp_path / folder, warm_start=True)
+    sweep.start_run(plan, 0.05, 0.002, 0)
+    (override,) = (word for word in commands[0] if word.startswith("train.start_from="))
+    assert load_config(None, [override]).train.start_from == str(tmp_path / folder / "lambda-0.002")
 
 
 @pytest.mark.parametrize(("column", "value"), [("bpp", 0.4), ("psnr_db", 31.0)])

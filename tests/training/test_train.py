@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from conftest import TINY, Command, encoded, photo, photos, tar_bytes
@@ -118,6 +119,21 @@ def test_divergence_is_detected_before_it_changes_the_weights(
     arrays, state = newest(tmp_path / "r")
     assert state["run"]["step"] == 4 and all(np.isfinite(v).all() for v in arrays.values())  # type: ignore[index]
     assert before[1]["run"]["step"] == 3  # type: ignore[index]
+    # A run whose last steps were skipped goes on under a lower limit.
+    before[1]["run"]["failed"] = 5  # type: ignore[index]
+    for path in (tmp_path / "r" / "checkpoints").iterdir():
+        path.unlink()
+    checkpoint.save(checkpoint.path_of(tmp_path / "r" / "checkpoints", 3), *before)
+    hyperprior("train", *arguments, "train.steps=4")
+    assert newest(tmp_path / "r")[1]["run"]["failed"] == 0  # type: ignore[index]
+
+
+def test_a_name_that_is_too_long_is_refused(hyperprior: Command, flat_tar: Path, empty_config: Path) -> None:
+    names = ", ".join(f"shards-{number:06d}.tar" for number in range(20))
+    missing = hyperprior("train", f"data.train=[{names}]", "--run", "r", check=2).stderr
+    assert "there is no CONFIG" in missing
+    refused = hyperprior("train", empty_config, *TINY, f"data.train=[{flat_tar}]", "--run", 300 * "x", check=2).stderr
+    assert "cannot be used: File name too long" in refused and len(refused.splitlines()) == 1
 
 
 def test_a_run_writes_the_documented_files(
@@ -282,7 +298,15 @@ def test_the_rate_falls_when_validations_stall_and_after_a_resume_as_without_one
     hyperprior(*arguments, "train.steps=24", "--run", "straight")
     for steps in (11, 24):
         hyperprior(*arguments, f"train.steps={steps}", "--run", "resumed")
-    assert same_weights(tmp_path / "straight", tmp_path / "resumed")
+    # A kill between the checkpoint of a new best and its weights in best.npz loses neither.
+    killed = [str(word) for word in (*arguments, "train.steps=24", "--run", "killed")]
+    assert forked.run(killed, tmp_path, ["die=0,best"]).returncode == -signal.SIGKILL
+    state = newest(tmp_path / "killed")[1]["run"]  # type: ignore[index]
+    assert state["best_step"] == state["step"] and not (tmp_path / "killed" / "checkpoints" / "best.npz").exists()
+    assert "search for the best" not in hyperprior(*killed).stderr
+    for run in ("resumed", "killed"):
+        assert same_weights(tmp_path / "straight", tmp_path / run)
+        assert newest(tmp_path / "straight")[1] == newest(tmp_path / run)[1]
     best, stale, rate = np.inf, 0, 0.01
     for trained, validated in zip(lines(tmp_path / "straight", "train"), lines(tmp_path / "straight", "val")):
         assert trained["learning_rate"] == pytest.approx(rate, rel=1e-6)
@@ -299,6 +323,7 @@ def test_a_run_starts_from_the_best_weights_of_another(
     arguments += ["train.checkpoint_every=1", "train.validate_every=2", "train.keep_checkpoints=9"]
     hyperprior("train", *arguments, "--run", "first")
     later = [*arguments, "train.learning_rate=1e-30", "train.ema=0.5", "train.start_from=first"]
+    assert forked.run(list(map(str, ["train", *later, "--run", "second"])), tmp_path, ["die=0,steps"]).returncode < 0
     hyperprior("train", *later, "--run", "second")
     best = checkpoint.best_weights(tmp_path / "first", print).arrays
     arrays = newest(tmp_path / "second")[0]
@@ -436,8 +461,8 @@ def test_a_result_belongs_to_the_trained_steps(
     (tmp_path / "r" / "results.json").write_text(old)  # as if the run had been killed before it wrote the new one
     best = tmp_path / "r" / "checkpoints" / "best.npz"
     best.write_bytes(best.read_bytes()[:-100])
-    result = hyperprior(*arguments, "train.steps=4")
-    assert "best.npz" in result.stderr and "damaged" in result.stderr
+    hyperprior(*arguments, "train.steps=4")
+    assert checkpoint.load_best(best.parent, 4)  # the checkpoint has the same weights
     measured = json.loads((tmp_path / "r" / "results.json").read_text())
     assert measured["trained_steps"] == measured["step"] == 4
 
