@@ -667,7 +667,7 @@ def make_json(folder: Path) -> Attempt:
             sweep.make_table([row])
             assert all(isinstance(target.scale(row[name]), float) for name, target in sweep.TARGETS.items())
         with contextlib.suppress(ConfigError):
-            models = {"q3": {"metric": "mse", "lambda": 0.013}}
+            models = {"q3": {"metric": "mse", "lambda": 0.013, "effort": 0}}
             stored = gate.read_stored(folder / "summary.json", folder / "out", {"a.png": "00"}, models)
             gate.describe_verdict(gate.judge_point({"point": "q3", "loss": 1.0}, stored["q3"], 1.0))
         # A resume from step 20 keeps every good row up to then, wherever the damage is.
@@ -848,7 +848,7 @@ def make_npz(folder: Path) -> Attempt:
         resume.compare_config(folder, config.validate(saved["config"], "x"), settings, Terminal(quiet=True))
         saved["environment"].get("threads")
         state = resume.state_of(folder, saved)
-        resume.forget_lost_best(folder / "checkpoints", state.best, lambda text: None)
+        resume.describe_lost_best(folder / "checkpoints", state.best)
         state.best.update(1.0, state.step + 1)
         assert state.to_json()
         storage.check_arrays({n: a.shape for n, a in weights.items()}, arrays, "x")

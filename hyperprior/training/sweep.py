@@ -1,7 +1,7 @@
 """One training run per lambda, or a search for the lambda that gives a wanted rate or quality.
 
 Each run is a separate `hyperprior train` in OUT/lambda-VALUE. So the same command, started again, resumes unfinished
-runs and skips finished ones. Nothing here needs TensorFlow.
+runs and skips finished ones.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from hyperprior import stack
 from hyperprior.config import load_config
 from hyperprior.errors import ConfigError, DataError, DivergedError, HyperpriorError, Stopped
 from hyperprior.metric_table import METRICS, RESULT, cell
@@ -176,6 +177,7 @@ def train_all(plan: Plan, runs: Sequence[tuple[float, Optional[float]]], termina
 
     If `jobs` is above 1, each run writes to OUT/lambda-VALUE.log and has its own GPU, if the machine has GPUs.
     """
+    stack.start_tensorflow()  # without one that works, no run would begin
     waiting, running = list(runs), dict[int, tuple[subprocess.Popen[bytes], Path]]()
     failed: Optional[HyperpriorError] = None
     stopping = False
