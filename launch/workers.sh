@@ -33,7 +33,8 @@ settle=60 # seconds that the other workers have to end by themselves after one f
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     IFS=, read -ra gpus <<< "${CUDA_VISIBLE_DEVICES/#-1*/}"
 else
-    gpus=($(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null))
+    # Without a driver, nvidia-smi writes a sentence instead of numbers.
+    gpus=($(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -xE '[0-9]+'))
 fi
 if [ ${#gpus[@]} -gt 0 ] && [ ${#gpus[@]} -lt "$count" ]; then
     echo "$0: $count workers need one GPU each, there are ${#gpus[@]}; CUDA_VISIBLE_DEVICES= trains on the CPU" >&2

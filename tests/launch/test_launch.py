@@ -80,7 +80,7 @@ def test_workers_sh_gives_each_worker_one_of_the_visible_gpus(
     stand_in: dict[str, str], tmp_path: Path, visible: Optional[str], workers: int, seen: Optional[set[str]]
 ) -> None:
     nvidia_smi = tmp_path / "nvidia-smi"
-    nvidia_smi.write_text("#!/bin/sh\necho 0\necho 1\n")
+    nvidia_smi.write_text("#!/bin/sh\necho a sentence\necho 0\necho 1\n")
     nvidia_smi.chmod(0o755)
     command = Path(stand_in["HYPERPRIOR"])
     command.write_text('#!/bin/sh\necho "gpu:$CUDA_VISIBLE_DEVICES" >> "$0.log"\n')
