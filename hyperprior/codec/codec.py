@@ -65,9 +65,10 @@ class Codec:
         self.z_index = np.arange(model.num_scales, model.num_scales + model.hyper_channels, dtype=np.int32)
         self.weights = {name: array.astype(np.float32) for name, array in weights.items()}
         self.choice, self.pixels, self.process = engine, 0, os.getpid()
-        self.engine: Any = self.tensorflow_engine if engine == "tensorflow" else self.numpy_engine
+        self.engine: Any = self.tensorflow_engine if engine == "tensorflow" else None
         if engine == "auto" and "tensorflow" in sys.modules and not stack.is_forked:
             self.try_tensorflow()
+        self.engine = self.engine or self.numpy_engine
 
     @functools.cached_property
     def dead_zone(self) -> np.ndarray:
@@ -122,7 +123,7 @@ class Codec:
         self.pixels += sum(height * width for height, width in sizes)
         if self.choice == "tensorflow":
             self.check_fork()
-        elif stack.is_forked and self.process != os.getpid():
+        elif self.was_forked():
             self.engine = self.numpy_engine
         elif self.choice == "auto" and self.pixels > TENSORFLOW_PAYS and stack.is_installed():
             self.try_tensorflow()
@@ -131,9 +132,13 @@ class Codec:
         with contextlib.suppress(ConfigError):  # one that does not work
             self.engine = self.tensorflow_engine
 
+    def was_forked(self) -> bool:
+        """Whether this process was forked from the one that loaded the model, and that one had TensorFlow."""
+        return stack.is_forked and self.process != os.getpid()
+
     def check_fork(self) -> None:
-        """Raises ConfigError in a process that was forked from one with TensorFlow."""
-        if stack.is_forked and self.process != os.getpid():
+        """Raises ConfigError if `was_forked`."""
+        if self.was_forked():
             raise ConfigError(
                 "TensorFlow does not work in a process that was forked after its start: load the model in that process "
                 "with engine='numpy' and compress without effort, or start the process with spawn or forkserver"

@@ -11,8 +11,8 @@ Read in this order:
     inspect    the content of sources (`hyperprior inspect`)
     pack       WebDataset shards of equal length (`hyperprior pack`)
 
-No module here knows the model. Sources raise DataError, and
-ConfigError for text that names none. `samples()` gives the same samples at each call.
+No module here knows the model. Sources raise DataError, and ConfigError for text that names none. `samples()` gives the
+same samples at each call.
 
 .. include:: README.md
 """

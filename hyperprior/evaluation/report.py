@@ -90,6 +90,7 @@ def of_short_curves(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def make_comparison_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A Markdown table of `of_short_curves`."""
     table = [["model", "against", "bytes at equal PSNR", "bytes at equal MS-SSIM"]]
     for row in of_short_curves(results):
         cells = ["beyond its curve" if row[m] is None else f"{row[m]:+.1f}%" for m in ("psnr_db", "ms_ssim_db")]

@@ -174,7 +174,7 @@ class World:
         }
 
 
-def count_threads() -> Optional[int]:
+def count_threads() -> int:
     """The number of threads inside an operation: from the config, or as TensorFlow chooses it."""
     setting = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
     number = tf.config.threading.get_intra_op_parallelism_threads() or (int(setting) if setting.isdecimal() else 0)
